@@ -1,0 +1,20 @@
+"""fastdpo: the fastest and leanest loss for preference tuning of language models."""
+
+from . import ops as _ops  # registers torch.ops.fastdpo
+from .head import LinearTokenLogpsFunction, TokenLogps, TokenLogpsFunction, linear_token_logps, token_logps
+from .preference import DPOFunction, DPOLoss, LinearDPOLoss, PreferenceOutput, dpo_loss, linear_dpo_loss
+
+__version__ = "0.1.0"
+__all__ = [
+    "DPOFunction",
+    "DPOLoss",
+    "LinearDPOLoss",
+    "LinearTokenLogpsFunction",
+    "PreferenceOutput",
+    "TokenLogps",
+    "TokenLogpsFunction",
+    "dpo_loss",
+    "linear_dpo_loss",
+    "linear_token_logps",
+    "token_logps",
+]

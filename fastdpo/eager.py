@@ -1,0 +1,143 @@
+"""The kernels in plain PyTorch: readable specification, fallback, and the tests' oracle.
+
+Every backend has these four functions with these signatures (backend.py). Symbols: z the transformed logits of a
+row, y its target, p = softmax(z), lse = logsumexp(z).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .losses import LossOptions, Pairs, sigmoid
+from .options import Transform
+
+# Rows are done in blocks, so that the float32 copies stay small beside the logits
+_BLOCK_ELEMENTS = 1 << 24
+
+
+def unavailable() -> str | None:
+    """Why this backend cannot run; None if it can."""
+    return None
+
+
+def _result_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _transformed(raw: Tensor, transform: Transform) -> tuple[Tensor, Tensor | float]:
+    """(z, dz/draw), both in the result dtype: z = softcap * tanh(raw * scale / softcap) / temperature."""
+    scale, softcap, temperature = transform
+    z = raw.to(_result_dtype(raw.dtype))
+    if softcap is None:
+        return z * (scale / temperature), scale / temperature
+    t = torch.tanh(z * (scale / softcap))
+    # d tanh(x)/dx = 1 - tanh(x)^2
+    return t * (softcap / temperature), (1 - t * t) * (scale / temperature)
+
+
+def row_forward(
+    logits: Tensor,  # [G, R, V], float32 / bf16 / fp16 / float64; inner stride 1, any strides outside
+    targets: Tensor,  # int64 [G*R]; -1: the row is not read, and all its results are 0
+    transform: Transform,
+    stats: tuple[str, ...],  # among entropy, mean_logits, is_top1, log_sum_sq_probs
+) -> list[Tensor]:
+    """logps, lse and the stats asked for, in their order, each `[G*R]` float32 (is_top1: bool)."""
+    groups, rows, vocab = logits.shape
+    dtype = _result_dtype(logits.dtype)
+    names = ("logps", "lse", *stats)
+    out = [targets.new_zeros(targets.shape, dtype=torch.bool if n == "is_top1" else dtype) for n in names]
+    for block in _row_blocks(targets, vocab):
+        z, _ = _transformed(logits[block // rows, block % rows], transform)
+        target_z = z.gather(1, targets[block, None]).squeeze(1)
+        lse = torch.logsumexp(z, dim=1)
+        for name, result in zip(names, out, strict=True):
+            if name == "logps":
+                value = target_z - lse
+            elif name == "lse":
+                value = lse
+            elif name == "mean_logits":
+                value = z.mean(dim=1)
+            elif name == "is_top1":
+                value = z.argmax(dim=1) == targets[block]  # ties: the first maximum counts
+            elif name == "entropy":
+                # H = lse - sum_v p_v z_v; where p_v = 0, p_v z_v = 0 also for z_v = -inf
+                p = torch.exp(z - lse[:, None])
+                value = lse - torch.where(p > 0, p * z, 0.0).sum(dim=1)
+            elif name == "log_sum_sq_probs":
+                value = torch.logsumexp(2 * z, dim=1) - 2 * lse
+            else:
+                raise ValueError(f"stats: the row kernels do not know {name!r}")
+            result[block] = value
+    return out
+
+
+def row_backward(
+    logits: Tensor,  # [G, R, W]: the columns vocab_start .. vocab_start+W-1
+    targets: Tensor,  # int64 [G*R] in the whole vocabulary; -1: the row's gradient is written as zeros
+    logps: Tensor,  # [G*R]; kernels take the target's probability from here: in place, its logit may be overwritten
+    lse: Tensor,  # [G*R]
+    entropy: Tensor | None,  # [G*R], needed with grad_entropy
+    grad_logps: Tensor | None,  # [G*R]
+    grad_entropy: Tensor | None,  # [G*R]
+    transform: Transform,
+    vocab_start: int,
+    out: Tensor,  # [G, R, W], may be logits itself
+) -> None:
+    """out = d(sum grad_logps*logps + grad_entropy*entropy) / d(raw logits)."""
+    rows, width = logits.shape[1:]
+    for group in range(logits.shape[0]):
+        out[group][targets[group * rows : (group + 1) * rows] < 0] = 0
+    for block in _row_blocks(targets, width):
+        z, slope = _transformed(logits[block // rows, block % rows], transform)
+        log_p = z - lse[block, None]
+        p = log_p.exp()
+        grad = torch.zeros_like(z)
+        if grad_logps is not None:
+            # d(logp)/dz_j = 1[j = y] - p_j
+            local = targets[block] - vocab_start
+            here = ((local >= 0) & (local < width)).nonzero().squeeze(1)
+            grad -= grad_logps[block, None] * p
+            grad[here, local[here]] += grad_logps[block][here]
+        if grad_entropy is not None:
+            assert entropy is not None
+            # d(H)/dz_j = -p_j * (log p_j + H)
+            term = torch.where(p > 0, p * (log_p + entropy[block, None]), 0.0)
+            grad -= grad_entropy[block, None] * term
+        out[block // rows, block % rows] = (grad * slope).to(out.dtype)
+
+
+def _row_blocks(targets: Tensor, vocab: int) -> tuple[Tensor, ...]:
+    """The indices of the rows that count, in blocks of about _BLOCK_ELEMENTS logits."""
+    counted = (targets >= 0).nonzero().squeeze(1)
+    return counted.split(max(1, _BLOCK_ELEMENTS // max(1, vocab))) if len(counted) else ()
+
+
+def sequence_sums(values: Tensor, bounds: Tensor) -> Tensor:
+    """values `[N]`, bounds int64 `[S+1]` -> the sum of each sequence `[S]`; summed in float64, 0 where empty."""
+    total = torch.segment_reduce(values.double(), "sum", lengths=bounds.diff(), initial=0, unsafe=True)
+    return total.to(values.dtype)
+
+
+def pair_sigmoid(
+    logps: Tensor,  # [N] token logps
+    bounds: Tensor,  # int64 [2B+1]
+    ref_logps: Tensor | None,  # [2B]; None: reference-free
+    beta: float,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sequence sums, mean sigmoid loss and its slope in one call.
+
+    Returns loss `[]`, sequence logps `[2B]`, slope `[2B]` = d loss / d sequence logp. The mathematics is
+    `losses.sigmoid`; kernels of other backends must equal this.
+    """
+    sums = sequence_sums(logps, bounds)
+    if len(sums) == 0:  # no pairs: the loss is 0, as an empty batch's gradient
+        return sums.new_zeros(()), sums, sums.clone()
+    pairs = Pairs.split(sums, ref_logps, torch.ones_like(sums))
+    loss = sigmoid(pairs, LossOptions(beta=beta, label_smoothing=label_smoothing)).mean()
+    # d loss / d chosen logp = -beta * ((1-eps) * sigmoid(-beta h) - eps * sigmoid(beta h)) / B;  rejected: the negative
+    reward_margin = beta * pairs.margin
+    slope = (1 - label_smoothing) * torch.sigmoid(-reward_margin) - label_smoothing * torch.sigmoid(reward_margin)
+    chosen = slope * (-beta / len(slope))
+    return loss, sums, torch.cat([chosen, -chosen])

@@ -1,0 +1,330 @@
+"""The differentiable op of the package: token log-probabilities, from logits or from hidden states.
+
+    logps[i] = z[i, y_i] - logsumexp_v z[i, v],   z = softcap * tanh(logits * logit_scale / softcap) / temperature
+
+Everything a preference loss needs from the LM head. The kernels behind it: ops.py, backend.py; the tiles: tiles.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from .batch import IGNORE_INDEX, flat_targets
+from .options import HeadOptions, head_options
+
+_DEFAULT = HeadOptions()
+_DIFFERENTIABLE = ("logps", "entropy")
+
+
+class TokenLogps(NamedTuple):
+    """Per-token results, each shaped like labels and 0 where the label is ignored; None where not asked for.
+
+    float32 (float64 from float64 inputs); is_top1 is bool. `logps` and `entropy` are differentiable.
+    """
+
+    logps: Tensor
+    entropy: Tensor | None = None  # -sum_v p_v log p_v, in nats
+    mean_logits: Tensor | None = None  # mean over the vocabulary of the transformed logits
+    is_top1: Tensor | None = None  # the label is the first maximum
+    log_sum_sq_probs: Tensor | None = None  # log sum_v p_v^2 (WPO, arXiv 2406.11827)
+    lse: Tensor | None = None  # logsumexp of the transformed logits
+    dropped_mass: Tensor | None = None  # probability outside the kept columns; 0 where the path is exact
+
+
+def token_logps(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = IGNORE_INDEX,
+    shift: bool = False,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    stats: Sequence[str] = (),
+    inplace_backward: bool = False,
+    backend: str = "auto",
+) -> TokenLogps:
+    """Log-probability of each label, from logits. Reads each logit once; the backward reads and writes each once.
+
+    Args:
+        logits: `[..., V]`, float32, bf16, fp16 or float64; any strides (only the last dimension must be dense,
+            or the logits are copied).
+        labels: int64 or int32 `[...]`, the target of each row of logits; rows with `ignore_index` are not read.
+        ignore_index: the label that does not count.
+        shift: Hugging Face's convention: row t predicts labels[..., t+1]; the last row counts not at all. Spares the
+            copy that `logits[:, :-1]` costs elsewhere.
+        temperature: divides the logits, last.
+        softcap: z -> softcap * tanh(z / softcap) after the scale (Gemma 2's final_logit_softcapping).
+        logit_scale: multiplies the logits, first (Cohere; 1/logits_scaling for Granite).
+        stats: names of further results: entropy, mean_logits, is_top1, log_sum_sq_probs, lse, dropped_mass.
+        inplace_backward: allow the backward to write the gradient over the logits, when nothing else needs them.
+            Under torch.compile the gradient is a new tensor all the same.
+        backend: "auto" (by device; falls back to "eager" with one warning), "triton", "cpu" or "eager".
+
+    Raises:
+        TypeError: logits are not floats, labels not integers.
+        ValueError: shapes that disagree; a label outside [0, V) that is not ignore_index; an unknown stat or backend.
+        RuntimeError: a backend asked for by name that cannot run here.
+    """
+    options = head_options(
+        ignore_index=ignore_index,
+        shift=shift,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        stats=stats,
+        inplace_backward=inplace_backward,
+        backend=backend,
+    )
+    return _named(TokenLogpsFunction.apply(logits, labels, options), options)
+
+
+def linear_token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    shift: bool = False,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    stats: Sequence[str] = (),
+    grad_tol: float | str = "auto",
+    workspace_mb: float = 256,
+    backend: str = "auto",
+) -> TokenLogps:
+    """Log-probability of each label under logits = hidden @ weight.T + bias, which never exist as a whole.
+
+    Args:
+        hidden: `[..., H]`. Rows whose label is ignored are dropped before the product.
+        weight: `[V, H]`, the LM head. hidden, weight and bias may differ in float dtype: the product runs in
+            autocast's dtype under autocast, else in hidden's; each gradient has the dtype of its input.
+        labels: int64 or int32 `[...]`, hidden's shape without H.
+        bias: `[V]` or None.
+        grad_tol: probability per token that the gradient may leave out, at most. The gradient is exact today, which
+            keeps any bound.
+        workspace_mb: MiB that the logits tile may take. Logits that fit whole are kept for the backward, which
+            spares computing them twice.
+        ignore_index, shift, temperature, softcap, logit_scale, stats, backend: as for `token_logps`.
+
+    Raises:
+        As `token_logps`; ValueError also for hidden and weight of different H.
+    """
+    options = head_options(
+        ignore_index=ignore_index,
+        shift=shift,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        stats=stats,
+        grad_tol=grad_tol,
+        workspace_mb=workspace_mb,
+        backend=backend,
+    )
+    return _named(LinearTokenLogpsFunction.apply(hidden, weight, labels, bias, options), options)
+
+
+class TokenLogpsFunction(Function):
+    """`TokenLogpsFunction.apply(logits, labels) -> logps`: the bare drop-in, with the defaults of `token_logps`.
+
+    With a third argument, `HeadOptions` that ask for stats, it returns (logps, *stats).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, options: HeadOptions = _DEFAULT) -> Any:
+        rows = as_rows(logits, labels)
+        targets = flat_targets(labels, logits.shape[-1], options.ignore_index, options.shift)
+        kernel_stats = _kernel_stats(options)
+        results = torch.ops.fastdpo.row_forward(rows, targets, *options.transform, kernel_stats, options.backend)
+        by_name = dict(zip(("logps", "lse", *kernel_stats), results, strict=True))
+        ctx.save_for_backward(rows, targets, by_name["logps"], by_name["lse"], by_name.get("entropy"))
+        ctx.options, ctx.shape = options, logits.shape
+        return _outputs(ctx, by_name, labels.shape, options)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
+        grad_logps, grad_entropy = _flat_grads(grads, ctx.options)
+        if not ctx.needs_input_grad[0] or (grad_logps is None and grad_entropy is None):
+            return None, None, None
+        rows, targets, logps, lse, entropy = ctx.saved_tensors
+        return _logits_gradient(
+            ctx.options, rows, (targets, logps, lse, entropy, grad_logps, grad_entropy), ctx.shape
+        ), None, None
+
+
+class LinearTokenLogpsFunction(Function):
+    """`LinearTokenLogpsFunction.apply(hidden, weight, labels) -> logps`, with the defaults of `linear_token_logps`.
+
+    Further arguments: bias, and `HeadOptions`; options that ask for stats make it return (logps, *stats).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        bias: Tensor | None = None,
+        options: HeadOptions = _DEFAULT,
+    ) -> Any:
+        check_linear(hidden, weight, labels, bias)
+        targets = flat_targets(labels, weight.shape[0], options.ignore_index, options.shift)
+        dtype = product_dtype(hidden)
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        kernel_stats = _kernel_stats(options)
+        # In-place work on a saved tensor is not for torch.compile: it recomputes
+        keep = any(ctx.needs_input_grad) and not torch.compiler.is_compiling()
+        *results, tile = torch.ops.fastdpo.linear_forward(
+            flat,
+            weight,
+            bias,
+            targets,
+            *options.transform,
+            kernel_stats,
+            dtype,
+            options.workspace_mb,
+            keep,
+            options.backend,
+        )
+        by_name = dict(zip(("logps", "lse", *kernel_stats), results, strict=True))
+        ctx.save_for_backward(flat, weight, bias, targets, by_name["logps"], by_name["lse"], by_name.get("entropy"))
+        ctx.options, ctx.shape, ctx.dtype = options, hidden.shape, dtype
+        # Not saved_tensors: the backward overwrites it, and a second backward (retain_graph) then recomputes
+        ctx.tile = tile if keep else None
+        return _outputs(ctx, by_name, labels.shape, options)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_logps, grad_entropy = _flat_grads(grads, ctx.options)
+        if grad_logps is None and grad_entropy is None:
+            return None, None, None, None, None
+        hidden, weight, bias, targets, logps, lse, entropy = ctx.saved_tensors
+        tile, ctx.tile = ctx.tile, None
+        needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], len(ctx.needs_input_grad) > 3 and bias is not None]
+        needs[2] = needs[2] and ctx.needs_input_grad[3]
+        dx, dw, db = torch.ops.fastdpo.linear_backward(
+            hidden,
+            weight,
+            bias,
+            targets,
+            tile,
+            logps,
+            lse,
+            entropy,
+            grad_logps,
+            grad_entropy,
+            *ctx.options.transform,
+            ctx.dtype,
+            ctx.options.workspace_mb,
+            needs,
+            ctx.options.backend,
+        )
+        dx = dx.view(ctx.shape) if needs[0] else None
+        return dx, dw if needs[1] else None, None, db if needs[2] else None, None
+
+
+# --- shared by the two Functions and by preference.py ----------------------------------------------------------------
+
+
+def as_rows(logits: Tensor, labels: Tensor) -> Tensor:
+    """logits `[..., V]` as `[G, R, V]`, without a copy where strides allow it: kernels take any strides of G and R.
+
+    Raises:
+        TypeError: logits are not floats.
+        ValueError: labels are not shaped like logits without V.
+    """
+    if not logits.is_floating_point():
+        raise TypeError(f"logits: expected a float tensor, got {logits.dtype}")
+    if logits.dim() < 2 or labels.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"labels: expected the shape of logits without its last dimension, {list(logits.shape[:-1])}, "
+            f"got {list(labels.shape)}"
+        )
+    if logits.shape[-1] == 0:
+        raise ValueError(f"logits: expected a vocabulary of at least 1, got shape {list(logits.shape)}")
+    if logits.stride(-1) != 1 and logits.shape[-1] != 1:
+        logits = logits.contiguous()
+    if logits.dim() == 2:
+        return logits.unsqueeze(0)
+    return logits if logits.dim() == 3 else logits.reshape(-1, *logits.shape[-2:])
+
+
+def check_linear(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
+    """Raise for inputs of linear_token_logps that disagree."""
+    named = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
+    for name, tensor in named.items():
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name}: expected a float tensor, got {tensor.dtype}")
+        if tensor.device != hidden.device:
+            raise ValueError(f"{name}: expected on {hidden.device} like hidden, got {tensor.device}")
+    if weight.dim() != 2 or weight.shape[0] == 0:
+        raise ValueError(f"weight: expected [V, H], got shape {list(weight.shape)}")
+    if hidden.dim() < 2 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden: expected [..., H] with H={weight.shape[1]} of weight {list(weight.shape)}, "
+            f"got shape {list(hidden.shape)}"
+        )
+    if labels.shape != hidden.shape[:-1]:
+        raise ValueError(f"labels: expected hidden's shape without H, {list(hidden.shape[:-1])}, got {list(labels.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: expected [V] = [{weight.shape[0]}], got shape {list(bias.shape)}")
+
+
+def product_dtype(hidden: Tensor) -> torch.dtype:
+    """autocast's dtype under autocast (which leaves float64 alone), else hidden's."""
+    device = hidden.device.type
+    if hidden.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return hidden.dtype
+
+
+def _logits_gradient(options: HeadOptions, rows: Tensor, row_grads: tuple[Tensor | None, ...], shape: torch.Size) -> Tensor:
+    if options.inplace_backward and not torch.compiler.is_compiling():
+        torch.ops.fastdpo.row_backward_(rows, *row_grads, *options.transform, options.backend)
+        return rows.view(shape)
+    return torch.ops.fastdpo.row_backward(rows, *row_grads, *options.transform, options.backend).view(shape)
+
+
+def _kernel_stats(options: HeadOptions) -> list[str]:
+    # Kernels return lse always; dropped_mass is no row statistic
+    return [s for s in options.stats if s not in ("lse", "dropped_mass")]
+
+
+def _outputs(ctx: Any, by_name: dict[str, Tensor], shape: torch.Size, options: HeadOptions) -> Any:
+    """logps alone, or (logps, *stats), shaped like labels."""
+    ctx.set_materialize_grads(False)
+    # view(): an output must not be a tensor that is also saved
+    logps = by_name["logps"].view(shape)
+    if not options.stats:
+        return logps
+    outputs = [logps]
+    for name in options.stats:
+        value = torch.zeros_like(logps) if name == "dropped_mass" else by_name[name].view(shape)
+        outputs.append(value)
+    ctx.mark_non_differentiable(
+        *(out for name, out in zip(options.stats, outputs[1:], strict=True) if name not in _DIFFERENTIABLE)
+    )
+    return tuple(outputs)
+
+
+def _flat_grads(grads: tuple[Tensor | None, ...], options: HeadOptions) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of logps and entropy among those of all outputs, each flat `[N]`."""
+    by_name = dict(zip(("logps", *options.stats), grads, strict=True))
+    flat = [by_name.get(name) for name in _DIFFERENTIABLE]
+    logps, entropy = (None if g is None else g.reshape(-1).contiguous() for g in flat)
+    return logps, entropy
+
+
+def _named(outputs: Any, options: HeadOptions) -> TokenLogps:
+    if not options.stats:
+        return TokenLogps(outputs)
+    return TokenLogps(outputs[0], **dict(zip(options.stats, outputs[1:], strict=True)))

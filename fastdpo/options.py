@@ -1,0 +1,86 @@
+"""The options that every path shares, checked once: one clear error per bad value."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from .batch import IGNORE_INDEX
+
+STATS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs", "lse", "dropped_mass")
+BACKENDS = ("auto", "triton", "cpu", "eager")
+
+
+class Transform(NamedTuple):
+    """What a model does to its raw logits z before the softmax:
+
+    softcap * tanh(z * logit_scale / softcap) / temperature      (without softcap: z * logit_scale / temperature)
+    """
+
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+
+
+class HeadOptions(NamedTuple):
+    """Keywords of `token_logps` and `linear_token_logps`, as constants that torch.compile can trace."""
+
+    transform: Transform = Transform()
+    ignore_index: int = IGNORE_INDEX
+    shift: bool = False
+    stats: tuple[str, ...] = ()
+    backend: str = "auto"
+    inplace_backward: bool = False
+    grad_tol: float | None = None  # None: "auto"
+    workspace_mb: float = 256.0
+
+
+def head_options(
+    *,
+    ignore_index: int = IGNORE_INDEX,
+    shift: bool = False,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    stats: Sequence[str] = (),
+    backend: str = "auto",
+    inplace_backward: bool = False,
+    grad_tol: float | str = "auto",
+    workspace_mb: float = 256,
+) -> HeadOptions:
+    """Check the keywords and pack them.
+
+    Raises:
+        ValueError: an unknown stat or backend, or a number outside its range; names the argument and its value.
+    """
+    if isinstance(stats, str):
+        raise ValueError(f"stats: expected a sequence of names such as ('entropy',), got the string {stats!r}")
+    for name in stats:
+        if name not in STATS:
+            raise ValueError(f"stats: unknown stat {name!r}, expected names among {', '.join(STATS)}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: unknown backend {backend!r}, expected one of {', '.join(BACKENDS)}")
+    _positive("temperature", temperature)
+    if softcap is not None:
+        _positive("softcap", softcap)
+    if not math.isfinite(logit_scale):
+        raise ValueError(f"logit_scale: expected a finite number, got {logit_scale!r}")
+    _positive("workspace_mb", workspace_mb)
+    if grad_tol == "auto":
+        tolerance = None
+    elif isinstance(grad_tol, (int, float)) and 0 <= grad_tol < 1:
+        tolerance = float(grad_tol)
+    else:
+        raise ValueError(f"grad_tol: expected 'auto' or a number in [0, 1), got {grad_tol!r}")
+    transform = Transform(float(logit_scale), None if softcap is None else float(softcap), float(temperature))
+    # dict.fromkeys: a stat asked for twice is computed once
+    unique = tuple(dict.fromkeys(stats))
+    return HeadOptions(
+        transform, int(ignore_index), shift, unique, backend, inplace_backward, tolerance, float(workspace_mb)
+    )
+
+
+def _positive(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name}: expected a finite number above 0, got {value!r}")

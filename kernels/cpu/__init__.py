@@ -1,0 +1,1 @@
+def unavailable(): return "not built yet"

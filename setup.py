@@ -1,0 +1,22 @@
+from setuptools import setup
+
+setup(
+    name="fastdpo",
+    version="0.1.0",
+    description="The fastest and leanest loss for preference tuning of language models",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    # kernels/ holds packages of fastdpo without being one itself: a package called `kernels` at the repository's root
+    # would shadow the PyPI package of that name
+    package_dir={"fastdpo": "fastdpo", "fastdpo.gpu": "kernels/gpu", "fastdpo.cpu": "kernels/cpu"},
+    packages=["fastdpo", "fastdpo.gpu", "fastdpo.cpu", "fastdpo.integrations"],
+    package_data={"fastdpo": ["py.typed"], "fastdpo.cpu": ["*.cpp", "*.h"]},
+    install_requires=["torch>=2.8", "ninja", "numpy"],
+    extras_require={
+        "triton": ["triton>=3.4"],
+        "trl": ["trl==1.16.0", "transformers", "matplotlib"],
+    },
+    entry_points={"console_scripts": ["fastdpo = fastdpo.cli:main"]},
+)
