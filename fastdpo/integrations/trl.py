@@ -1,0 +1,220 @@
+"""TRL: `linear_token_logps` in place of `ChunkedLogProbFunction`.
+
+TRL's trainers take everything they need from the LM head through one autograd Function. So the drop-in replaces that
+Function and nothing else: losses, metrics, LoRA, precomputed references and data stay TRL's own code.
+
+    from fastdpo.integrations.trl import FastDPOTrainer      # in place of trl.DPOTrainer
+
+or, for any TRL trainer that scores tokens (SFT, DPO, KTO, GRPO, RLOO, ...):
+
+    from fastdpo.integrations.trl import patch
+    patch()
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..head import linear_token_logps
+from ..options import head_options
+
+try:
+    import trl as _trl
+    from trl import DPOTrainer
+except ImportError as error:
+    raise ImportError(f"fastdpo.integrations.trl needs TRL: pip install fastdpo[trl] ({error})") from error
+
+# Every place where TRL looks the Function up. `_use_triton` of trl.trainer.utils decides one thing only: whether the
+# positions without a label are dropped before the head, or scored and thrown away. That of trl.kernels stays: TRL's
+# Triton kernels ask it.
+_FUNCTION = "ChunkedLogProbFunction"
+_SITES = (
+    ("trl.trainer.utils", f"_{_FUNCTION}"),
+    ("trl.trainer.utils", "_use_triton"),
+    ("trl.kernels", _FUNCTION),
+    ("trl.kernels.chunked_logprob", _FUNCTION),
+)
+_ARGUMENTS = (
+    *("ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size"),
+    *("final_logit_softcapping", "logit_scale", "outputs"),
+)
+_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")  # in the order in which TRL returns them
+
+# What patch() found, for unpatch(); None while patch() is not in force
+_before_patch: list[Any] | None = None
+
+
+class TokenLogpFunction:
+    """What TRL finds in place of its `ChunkedLogProbFunction`: an object whose `apply` has the same arguments."""
+
+    def __init__(self, **head_keywords: Any) -> None:
+        head_options(**head_keywords)  # a bad keyword raises here, not in the first step
+        self.head_keywords = head_keywords
+
+    def apply(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        chunk_size: int,
+        final_logit_softcapping: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: tuple[str, ...] = _OUTPUTS,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Per-token results of hidden @ weight.T + bias; replaces `trl.kernels.ChunkedLogProbFunction.apply`.
+
+        Args:
+            hidden: `[N, H]`, any float dtype; autocast holds.
+            weight: `[V, H]`; a DTensor must have been gathered (TRL does).
+            bias: `[V]` or None.
+            targets: int64 `[N]`; -100 is allowed: the position is not read and its results are 0.
+            temperature, final_logit_softcapping, logit_scale: as for `linear_token_logps`.
+            chunk_size: of TRL's tiles; without meaning here (`workspace_mb` bounds the memory).
+            outputs: what to compute beside the log-probabilities; "log_probs" is allowed and changes nothing.
+
+        Returns:
+            (logprobs, entropy, log_sum_sq_probs, mean_logits, is_top1), each `[N]` float32, is_top1 bool; None where
+            not in outputs. logprobs and entropy are differentiable.
+
+        Raises:
+            ValueError: an unknown entry in outputs; whatever `linear_token_logps` raises.
+            NotImplementedError: a weight partitioned by DeepSpeed ZeRO-3.
+        """
+        for name in outputs:
+            if name not in ("log_probs", *_OUTPUTS):
+                raise ValueError(f"outputs: unknown entry {name!r}, expected log_probs, {', '.join(_OUTPUTS)}")
+        for name, parameter in (("weight", weight), ("bias", bias)):
+            # TRL gathers the head for the forward; ours would find it partitioned again in the backward
+            if hasattr(parameter, "ds_id"):
+                raise NotImplementedError(
+                    f"{name}: an LM head partitioned by DeepSpeed ZeRO-3 is not supported by fastdpo; "
+                    "use ZeRO-2 or FSDP2, or TRL's own DPOTrainer"
+                )
+        stats = tuple(name for name in _OUTPUTS if name in outputs)
+        result = linear_token_logps(
+            hidden,
+            weight,
+            targets,
+            bias=bias,
+            temperature=temperature,
+            softcap=final_logit_softcapping,
+            logit_scale=logit_scale,
+            stats=stats,
+            **self.head_keywords,
+        )
+        return result.logps, result.entropy, result.log_sum_sq_probs, result.mean_logits, result.is_top1
+
+
+def patch(**head_keywords: Any) -> None:
+    """Let every TRL trainer of this process score tokens with fastdpo, until `unpatch()`.
+
+    Replaces `ChunkedLogProbFunction` (same five outputs, same gradients), and scores only the positions that count
+    on every device (TRL does so where it has Triton, and scores all of them elsewhere). Call it before or after
+    building a trainer. A second call changes nothing but the keywords.
+
+    Args:
+        head_keywords: `grad_tol`, `workspace_mb`, `backend`, as for `fastdpo.linear_token_logps`.
+
+    Raises:
+        RuntimeError: the installed TRL does not have the internals of 1.16.
+        ValueError: a bad keyword value.
+    """
+    global _before_patch
+    found = _current()
+    _install(TokenLogpFunction(**head_keywords))
+    if _before_patch is None:
+        _before_patch = found
+
+
+def unpatch() -> None:
+    """Undo `patch()`: TRL gets back exactly what patch() found. Without a patch() before it, does nothing."""
+    global _before_patch
+    if _before_patch is not None:
+        _restore(_before_patch)
+        _before_patch = None
+
+
+@contextmanager
+def patched(**head_keywords: Any) -> Iterator[None]:
+    """`patch()` for the length of a with-block, which restores exactly what was there before; nests.
+
+    Arguments and errors: as `patch`. A `patch()` or `unpatch()` inside the block lasts until its end.
+    """
+    global _before_patch
+    found, found_before = _current(), _before_patch
+    _install(TokenLogpFunction(**head_keywords))
+    try:
+        yield
+    finally:
+        _restore(found)
+        _before_patch = found_before
+
+
+class FastDPOTrainer(DPOTrainer):
+    """`trl.DPOTrainer` with fastdpo's head: same arguments, same losses, metrics and checkpoints.
+
+    TRL is patched during this trainer's own loss only, so other trainers of the process keep TRL's kernels.
+
+    Raises:
+        As `trl.DPOTrainer` and `patch`.
+    """
+
+    #: Keywords of `linear_token_logps` (grad_tol, workspace_mb, backend); set on a subclass or an instance
+    head_keywords: dict[str, Any] = {}  # noqa: RUF012  (replaced, never changed in place)
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool) -> Any:
+        with patched(**self.head_keywords):
+            return super()._compute_loss(model, inputs, return_outputs)
+
+    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Reference sequence logps, chosen and rejected, each `[B]`, of one padded batch of TRL's collator."""
+        with patched(**self.head_keywords):
+            return super().compute_ref_log_probs(model, inputs)
+
+
+# --- the sites -------------------------------------------------------------------------------------------------------
+
+
+def _always_compact(device: torch.device) -> bool:
+    return True
+
+
+def _current() -> list[Any]:
+    """What TRL has at each site now; raises unless it is a TRL whose internals this module knows."""
+    found, missing = [], []
+    for module, name in _SITES:
+        try:
+            found.append(getattr(importlib.import_module(module), name))
+        except (ImportError, AttributeError):
+            missing.append(f"{module}.{name}")
+    if missing:
+        raise RuntimeError(
+            f"fastdpo.integrations.trl knows the internals of TRL 1.16; TRL {_trl.__version__} has no "
+            f"{', '.join(missing)}. Install trl==1.16.0."
+        )
+    for value in found:
+        forward = getattr(value, "forward", None)
+        if forward is not None and tuple(inspect.signature(forward).parameters) != _ARGUMENTS:
+            raise RuntimeError(
+                f"fastdpo.integrations.trl knows the internals of TRL 1.16; in TRL {_trl.__version__} {_FUNCTION} "
+                f"takes {inspect.signature(forward)}, expected ({', '.join(_ARGUMENTS)}). Install trl==1.16.0."
+            )
+    return found
+
+
+def _install(function: TokenLogpFunction) -> None:
+    _restore([_always_compact if name == "_use_triton" else function for _, name in _SITES])
+
+
+def _restore(values: list[Any]) -> None:
+    for (module, name), value in zip(_SITES, values, strict=True):
+        setattr(importlib.import_module(module), name, value)

@@ -1,0 +1,120 @@
+"""Builds the C++ library once, on first use, with ninja; afterwards it is only loaded.
+
+The library lies in the user's cache, in a folder named by everything that it depends on: sources, torch, compiler,
+flags, the CPU's features. Builds happen in a folder of their own and are renamed into place: several processes may
+build at once, and one that is killed leaves nothing behind that another could wait for or load.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+SOURCES = ("row_forward.cpp", "row_backward.cpp", "sequences.cpp", "bindings.cpp")
+HEADERS = ("kernels.h", "simd.h", "transform.h")
+
+
+class BuildError(RuntimeError):
+    """There is no compiler, or it failed; the message is one line, the log is named in it."""
+
+
+def library() -> Path:
+    """Path of the built library; builds it if this machine has not yet.
+
+    Raises:
+        BuildError: no C++ compiler, or the build failed.
+    """
+    compiler = find_compiler()
+    if compiler is None:
+        raise BuildError("no C++ compiler found (looked for $CXX, c++, g++, clang++)")
+    flags = compile_flags()
+    folder = cache_folder() / f"cpu-{_key(compiler, flags)}"
+    target = folder / "fastdpo_cpu.so"
+    if not target.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix="building-") as temporary:
+            _build(Path(temporary), compiler, flags)
+            folder.mkdir(exist_ok=True)
+            os.replace(Path(temporary) / target.name, target)
+    return target
+
+
+def cache_folder() -> Path:
+    """$FASTDPO_CACHE, else fastdpo/ in the user's cache folder."""
+    if "FASTDPO_CACHE" in os.environ:
+        return Path(os.environ["FASTDPO_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastdpo"
+
+
+def find_compiler() -> str | None:
+    """$CXX or the first of the usual names on the PATH."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    return next((path for path in map(shutil.which, names) if path), None)
+
+
+def compile_flags() -> list[str]:
+    """The flags of at::vec's and torch's headers for this CPU."""
+    capability = torch.backends.cpu.get_cpu_capability()  # AVX512, AVX2, DEFAULT, ...
+    native = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
+    include = Path(torch.__path__[0]) / "include"
+    flags = ["-O3", "-std=c++20", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
+    flags += [f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}", native]
+    flags += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
+    flags += [f"-I{include}", f"-I{include / 'torch/csrc/api/include'}"]
+    if sys.platform == "linux":
+        flags.append("-fopenmp")
+    return flags
+
+
+def _key(compiler: str, flags: list[str]) -> str:
+    digest = hashlib.sha256()
+    for name in (*SOURCES, *HEADERS):
+        digest.update((HERE / name).read_bytes())
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    for part in (torch.__version__, compiler, version, *flags, _cpu_features()):
+        digest.update(f"{part}\0".encode())
+    return digest.hexdigest()[:16]
+
+
+def _cpu_features() -> str:
+    # -march=native means another thing on another machine that shares the cache folder
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
+
+
+def _build(folder: Path, compiler: str, flags: list[str]) -> None:
+    import ninja
+
+    lib = Path(torch.__path__[0]) / "lib"
+    objects = [source.replace(".cpp", ".o") for source in SOURCES]
+    lines = [
+        f"cxx = {_escape(compiler)}",
+        f"flags = {' '.join(_escape(f) for f in flags)}",
+        "rule compile\n  command = $cxx $flags -c $in -o $out",
+        f"rule link\n  command = $cxx -shared $in -o $out -L{_escape(str(lib))} -lc10 -ltorch_cpu -ltorch"
+        + (" -fopenmp" if "-fopenmp" in flags else ""),
+        *(f"build {o}: compile {_escape(str(HERE / s))}" for o, s in zip(objects, SOURCES, strict=True)),
+        f"build fastdpo_cpu.so: link {' '.join(objects)}",
+    ]
+    (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+    done = subprocess.run([Path(ninja.BIN_DIR) / "ninja"], cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        log = cache_folder() / "build.log"
+        log.write_text(done.stdout + done.stderr)
+        raise BuildError(f"the C++ build failed with {compiler}; its output is in {log}")
+
+
+def _escape(path: str) -> str:
+    return path.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
