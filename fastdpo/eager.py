@@ -61,9 +61,10 @@ def row_forward(
             elif name == "is_top1":
                 value = z.argmax(dim=1) == targets[block]  # ties: the first maximum counts
             elif name == "entropy":
-                # H = lse - sum_v p_v z_v; where p_v = 0, p_v z_v = 0 also for z_v = -inf
-                p = torch.exp(z - lse[:, None])
-                value = lse - torch.where(p > 0, p * z, 0.0).sum(dim=1)
+                # H = -sum_v p_v log p_v; where p_v = 0 the term is 0, also for z_v = -inf
+                log_p = z - lse[:, None]
+                p = log_p.exp()
+                value = -torch.where(p > 0, p * log_p, 0.0).sum(dim=1)
             elif name == "log_sum_sq_probs":
                 value = torch.logsumexp(2 * z, dim=1) - 2 * lse
             else:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from . import tiles
+from .backend import choose
 from .batch import IGNORE_INDEX, flat_targets
 from .options import HeadOptions, head_options
 
@@ -180,19 +182,11 @@ class LinearTokenLogpsFunction(Function):
         dtype = product_dtype(hidden)
         flat = hidden.reshape(-1, hidden.shape[-1])
         kernel_stats = _kernel_stats(options)
-        # In-place work on a saved tensor is not for torch.compile: it recomputes
+        # In-place work on a kept tile is not for torch.compile: there the backward recomputes
         keep = any(ctx.needs_input_grad) and not torch.compiler.is_compiling()
+        sizes = (dtype, options.workspace_mb)
         *results, tile = torch.ops.fastdpo.linear_forward(
-            flat,
-            weight,
-            bias,
-            targets,
-            *options.transform,
-            kernel_stats,
-            dtype,
-            options.workspace_mb,
-            keep,
-            options.backend,
+            flat, weight, bias, targets, *options.transform, kernel_stats, *sizes, keep, options.backend
         )
         by_name = dict(zip(("logps", "lse", *kernel_stats), results, strict=True))
         ctx.save_for_backward(flat, weight, bias, targets, by_name["logps"], by_name["lse"], by_name.get("entropy"))
@@ -207,27 +201,20 @@ class LinearTokenLogpsFunction(Function):
         grad_logps, grad_entropy = _flat_grads(grads, ctx.options)
         if grad_logps is None and grad_entropy is None:
             return None, None, None, None, None
-        hidden, weight, bias, targets, logps, lse, entropy = ctx.saved_tensors
+        hidden, weight, bias, *rows = ctx.saved_tensors
+        row_grads = tiles.RowGrads(*rows, grad_logps, grad_entropy)
+        options, needs = ctx.options, _linear_needs(ctx.needs_input_grad, bias)
         tile, ctx.tile = ctx.tile, None
-        needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], len(ctx.needs_input_grad) > 3 and bias is not None]
-        needs[2] = needs[2] and ctx.needs_input_grad[3]
-        dx, dw, db = torch.ops.fastdpo.linear_backward(
-            hidden,
-            weight,
-            bias,
-            targets,
-            tile,
-            logps,
-            lse,
-            entropy,
-            grad_logps,
-            grad_entropy,
-            *ctx.options.transform,
-            ctx.dtype,
-            ctx.options.workspace_mb,
-            needs,
-            ctx.options.backend,
-        )
+        if tile is None or len(tile) == 0:
+            dx, dw, db = torch.ops.fastdpo.linear_backward(
+                *(hidden, weight, bias, *row_grads, *options.transform),
+                *(ctx.dtype, options.workspace_mb, needs, options.backend),
+            )
+        else:
+            kernels = choose(options.backend, hidden.device, ctx.dtype)
+            head = tiles.Head(weight, bias, options.transform, ctx.dtype, options.workspace_mb, kernels)
+            with torch.autocast(hidden.device.type, enabled=False):
+                dx, dw, db = tiles.backward(head, hidden, row_grads, tile, tuple(needs))
         dx = dx.view(ctx.shape) if needs[0] else None
         return dx, dw if needs[1] else None, None, db if needs[2] else None, None
 
@@ -285,6 +272,11 @@ def product_dtype(hidden: Tensor) -> torch.dtype:
     if hidden.dtype != torch.float64 and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return hidden.dtype
+
+
+def _linear_needs(needs_input_grad: tuple[bool, ...], bias: Tensor | None) -> list[bool]:
+    """Which of hidden, weight, bias need a gradient; apply() may have been called without the bias."""
+    return [needs_input_grad[0], needs_input_grad[1], bias is not None and needs_input_grad[3]]
 
 
 def _logits_gradient(options: HeadOptions, rows: Tensor, row_grads: tuple[Tensor | None, ...], shape: torch.Size) -> Tensor:

@@ -117,58 +117,24 @@ def _(  # type: ignore[no-untyped-def]
 
 @torch.library.custom_op(
     "fastdpo::linear_backward",
-    mutates_args=("tile",),
+    mutates_args=(),
     schema=(
-        f"(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor(a!)? tile, {_ROW_GRADS}, {_TRANSFORM}, "
+        f"(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, {_ROW_GRADS}, {_TRANSFORM}, "
         "ScalarType dtype, float workspace_mb, bool[] needs, str backend) -> Tensor[]"
     ),
 )
-def linear_backward(  # type: ignore[no-untyped-def]
-    hidden,
-    weight,
-    bias,
-    targets,
-    tile,
-    logps,
-    lse,
-    entropy,
-    grad_logps,
-    grad_entropy,
-    logit_scale,
-    softcap,
-    temperature,
-    dtype,
-    workspace_mb,
-    needs,
-    backend,
-):
+def linear_backward(hidden, weight, bias, targets, *rest):  # type: ignore[no-untyped-def]
+    logps, lse, entropy, grad_logps, grad_entropy, *transform, dtype, workspace_mb, needs, backend = rest
     kernels = choose(backend, hidden.device, dtype)
-    head = tiles.Head(weight, bias, Transform(logit_scale, softcap, temperature), dtype, workspace_mb, kernels)
+    head = tiles.Head(weight, bias, Transform(*transform), dtype, workspace_mb, kernels)
     rows = tiles.RowGrads(targets, logps, lse, entropy, grad_logps, grad_entropy)
-    return tiles.backward(head, hidden, rows, tile, tuple(needs))
+    return tiles.backward(head, hidden, rows, None, tuple(needs))
 
 
 @linear_backward.register_fake
-def _(  # type: ignore[no-untyped-def]
-    hidden,
-    weight,
-    bias,
-    targets,
-    tile,
-    logps,
-    lse,
-    entropy,
-    grad_logps,
-    grad_entropy,
-    logit_scale,
-    softcap,
-    temperature,
-    dtype,
-    workspace_mb,
-    needs,
-    backend,
-):
-    inputs = (hidden, weight, weight.new_empty(0) if bias is None else bias)
+def _(hidden, weight, bias, *rest):  # type: ignore[no-untyped-def]
+    needs = rest[-2]
+    inputs = (hidden, weight, weight if bias is None else bias)
     return [x.new_empty(x.shape if need else (0,)) for x, need in zip(inputs, needs, strict=True)]
 
 

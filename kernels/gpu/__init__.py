@@ -1,1 +1,19 @@
-def unavailable(): return "not built yet"
+"""The Triton backend: eager.py's functions for NVIDIA and AMD GPUs, and under TRITON_INTERPRET=1 for a CPU."""
+
+from __future__ import annotations
+
+_NO_TRITON: str | None = None
+try:
+    from . import launch
+    from .row_backward import row_backward
+    from .row_forward import row_forward
+    from .sequences import pair_sigmoid, sequence_sums
+except ImportError as error:  # Triton is an optional dependency
+    _NO_TRITON = f"Triton cannot be imported: {error}"
+
+__all__ = ["pair_sigmoid", "row_backward", "row_forward", "sequence_sums", "unavailable"]
+
+
+def unavailable() -> str | None:
+    """Why this backend cannot run; None if it can."""
+    return _NO_TRITON or launch.unavailable()

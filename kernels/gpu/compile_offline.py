@@ -1,0 +1,213 @@
+"""Compile the kernels for GPUs that are not here, and read what came out: registers, spills, widths, instructions.
+
+    python -m fastdpo.gpu.compile_offline            one JSON line a kernel and target
+
+Needs Triton and no GPU; not to be run with TRITON_INTERPRET=1, under which no kernel is compiled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from . import launch
+from .row_backward import row_backward_kernel
+from .row_forward import row_combine_kernel, row_forward_kernel
+from .row_math import IDENTITY, SCALE, SOFTCAP
+from .sequences import BLOCK, pair_sigmoid_kernel, sequence_sums_kernel
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+# Types of arguments by name; any other argument is a pointer to float32
+_INT64 = ("stride_g", "stride_r", "out_stride_g", "out_stride_r")
+_INT32 = ("rows", "vocab", "width", "splits", "chunks", "span", "vocab_start", "pairs")
+_FLOAT = ("inner", "outer", "slope", "beta", "label_smoothing")
+_POINTERS = {"targets": "*i64", "bounds": "*i64", "is_top1": "*i8"}
+
+_NO_STATS = dict.fromkeys(("entropy", "mean_logits", "is_top1", "log_sum_sq_probs"))
+_FLAGS = ("ENTROPY", "MEAN", "TOP1", "SQUARES")
+
+
+class Case(NamedTuple):
+    kernel: Any
+    constants: dict[str, Any]  # constexprs, and the arguments that are None
+    streams: bool = True  # reads rows of logits, so its main loop counts
+
+
+def _forward(kind: Any = IDENTITY, stats: bool = False, peel: bool = False, split: bool = False) -> Case:
+    none = ({} if stats else _NO_STATS) | ({} if split else {"partials": None})
+    return Case(row_forward_kernel, {**none, **dict.fromkeys(_FLAGS, stats), "KIND": kind, "PEEL": peel})
+
+
+def _backward(kind: Any = IDENTITY, entropy: bool = False, peel: bool = False, wide: bool = True) -> Case:
+    none = {} if entropy else dict.fromkeys(("entropy", "grad_entropy"))
+    return Case(row_backward_kernel, {**none, "KIND": kind, "PEEL": peel, "WIDE": wide})
+
+
+CASES = {
+    "forward": _forward(),
+    "forward, odd V": _forward(peel=True),
+    "forward, scale": _forward(SCALE),
+    "forward, softcap": _forward(SOFTCAP),
+    "forward, all stats": _forward(stats=True),
+    "forward, all stats, odd V, split": _forward(stats=True, peel=True, split=True),
+    "forward, all stats, softcap, odd V": _forward(SOFTCAP, stats=True, peel=True),
+    "backward": _backward(),
+    "backward, odd V": _backward(peel=True),
+    "backward, scale": _backward(SCALE),
+    "backward, softcap": _backward(SOFTCAP),
+    "backward, entropy": _backward(entropy=True),
+    "backward, entropy, softcap, odd V": _backward(SOFTCAP, entropy=True, peel=True),
+    "backward, out aligned otherwise": _backward(peel=True, wide=False),
+    "combine": Case(row_combine_kernel, {"KIND": IDENTITY, "SPLITS": launch.MAX_SPLITS}, streams=False),
+    "sums": Case(sequence_sums_kernel, {"BLOCK": BLOCK}, streams=False),
+    "pair": Case(pair_sigmoid_kernel, {"BLOCK": BLOCK}, streams=False),
+    "pair, no reference": Case(pair_sigmoid_kernel, {"BLOCK": BLOCK, "ref_logps": None}, streams=False),
+}
+
+
+def compile_kernel(case: Case, target: GPUTarget, dtype: str = "bf16") -> Any:
+    """Triton's compiled kernel for logits of `dtype` ("bf16", "fp16", "fp32")."""
+    constants = dict(case.constants)
+    warps = 1 if case.kernel is row_combine_kernel else launch.WARPS
+    if case.streams:
+        size = 4 if dtype == "fp32" else 2
+        block = launch.FORWARD_BLOCK_BYTES if case.kernel is row_forward_kernel else launch.BACKWARD_BLOCK_BYTES
+        constants |= {"VEC": 16 // size, "LANES": warps * target.warp_size, "BLOCK": block // size}
+    names = case.kernel.arg_names
+    signature = {name: "constexpr" if name in constants else _type(name, dtype) for name in names}
+    values = {(names.index(name),): getattr(value, "value", value) for name, value in constants.items()}
+    source = ASTSource(case.kernel, signature, constexprs=values)
+    return triton.compile(source, target=target, options={"num_warps": warps, "enable_fp_fusion": False})
+
+
+def _type(name: str, dtype: str) -> str:
+    if name in ("logits", "out"):
+        return f"*{dtype}"
+    if name in _INT64:
+        return "i64"
+    if name in _INT32:
+        return "i32"
+    return "fp32" if name in _FLOAT else _POINTERS.get(name, "*fp32")
+
+
+def measure(case: Case, target: GPUTarget, dtype: str = "bf16") -> dict[str, Any]:
+    """registers, spills, shared; and where rows of logits are read: widest_load, widest_store (bits, of the main loop)
+    and instructions_per_logit (NVIDIA: of the main loop, without the branch that only the target's block takes)."""
+    compiled = compile_kernel(case, target, dtype)
+    read = _read_nvidia if target.backend == "cuda" else _read_amd
+    found = {"registers": 0, "spills": 0, "shared": compiled.metadata.shared, **read(compiled, case)}
+    logits = found.pop("block", 0) / (target.warp_size * launch.WARPS)
+    if case.streams and "loop" in found:
+        size = 4 if dtype == "fp32" else 2
+        block = launch.FORWARD_BLOCK_BYTES if case.kernel is row_forward_kernel else launch.BACKWARD_BLOCK_BYTES
+        logits = block / size / (target.warp_size * launch.WARPS)
+        found["instructions_per_logit"] = round(found.pop("loop") / logits, 2)
+    return found
+
+
+# --- NVIDIA ----------------------------------------------------------------------------------------------------------
+
+
+def sass(compiled: Any) -> str:
+    """The machine code's disassembly, resource usage first."""
+    tool = os.path.join(triton.__path__[0], "backends", "nvidia", "bin", "cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [tool, "-sass", "-res-usage", file.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stderr + done.stdout
+
+
+def _read_nvidia(compiled: Any, case: Case) -> dict[str, Any]:
+    text = sass(compiled)
+    registers = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    assert registers, "cuobjdump printed no resource usage"
+    instructions = [(int(at, 16), op) for at, op in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*?)\s*;", text)]
+    local = sum("LDL" in op or "STL" in op for _, op in instructions)
+    found = {"registers": int(registers[1]), "spills": max(int(registers[2]), local)}
+    if case.streams:
+        loop = _main_loop(instructions)
+        found |= {
+            "widest_load": _widest(loop, "LDG.E"),
+            "widest_store": _widest(loop, "STG.E"),
+            "loop": len(loop),
+        }
+    return found
+
+
+def _main_loop(instructions: list[tuple[int, str]]) -> list[str]:
+    """The loop with most loads from global memory, as the blocks without the target run it: where a forward branch
+    inside it may be taken, it is."""
+    best: list[str] = []
+    for at, op in instructions:
+        branch = re.search(r"BRA(?:\.\w+)*\s+(?:!?U?P\w+,\s*)?(0x[0-9a-f]+)", op)
+        if branch and int(branch[1], 16) < at:
+            body = [(a, o) for a, o in instructions if int(branch[1], 16) <= a <= at]
+            taken = _taken(body)
+            if sum("LDG" in o for o in taken) > sum("LDG" in o for o in best):
+                best = taken
+    return best
+
+
+def _taken(body: list[tuple[int, str]]) -> list[str]:
+    path, skip_to = [], 0
+    for at, op in body:
+        if at < skip_to:
+            continue
+        path.append(op)
+        branch = re.search(r"BRA(?:\.\w+)*\s+(?:!?U?P\w+,\s*)?(0x[0-9a-f]+)", op)
+        if branch and at < int(branch[1], 16) <= body[-1][0]:
+            skip_to = int(branch[1], 16)
+    return path
+
+
+def _widest(ops: list[str], kind: str) -> int:
+    found = [op for op in ops if kind in op]
+    for bits in (128, 64):
+        if any(f".{bits}" in op for op in found):
+            return bits
+    return 32 if found and not all(".U16" in op for op in found) else 16 if found else 0
+
+
+# --- AMD -------------------------------------------------------------------------------------------------------------
+
+
+def _read_amd(compiled: Any, case: Case) -> dict[str, Any]:
+    text = compiled.asm["amdgcn"]
+
+    def number(name: str) -> int:
+        return max((int(n) for n in re.findall(rf"\.{name}:\s*(\d+)", text)), default=0)
+
+    found = {"registers": number("vgpr_count"), "spills": number("vgpr_spill_count") + number("sgpr_spill_count")}
+    if case.streams:
+        widths = {"dwordx4": 128, "dwordx2": 64, "dword ": 32, "short": 16, "ushort": 16}
+        for key, kind in (("widest_load", "load"), ("widest_store", "store")):
+            names = re.findall(rf"(?:global|buffer)_{kind}_(\w+ )", text)
+            found[key] = max((bits for n in names for w, bits in widths.items() if n.startswith(w.strip())), default=0)
+    return found
+
+
+def main() -> None:
+    for name, case in CASES.items():
+        for arch, target in TARGETS.items():
+            sys.stdout.write(json.dumps({"kernel": name, "target": arch, **measure(case, target)}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

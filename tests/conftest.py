@@ -1,0 +1,32 @@
+"""The suite runs the Triton kernels in Triton's interpreter, all backends with poisoned memory, from one seed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+
+import pytest
+import torch
+
+from fastdpo.backend import load
+
+
+@pytest.fixture(params=["eager", "cpu", "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each backend that can run here; the others are skipped with their reason."""
+    module = load(request.param)
+    if isinstance(module, str):
+        pytest.skip(f"{request.param}: {module}")
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _seeded_and_poisoned() -> Iterator[None]:
+    """New memory is filled with NaN (C++ at::empty too): an element that no kernel wrote shows."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,70 @@
+"""The choice of a backend, and its loud failures."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastdpo import token_logps
+from fastdpo.backend import choose, load
+
+LOGITS, LABELS = torch.randn(3, 11), torch.tensor([1, -100, 10])
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="no C++ compiler")
+def test_cpu_is_there_where_a_compiler_is() -> None:
+    assert not isinstance(load("cpu"), str)
+    assert choose("auto", torch.device("cpu"), torch.bfloat16) is load("cpu")
+
+
+def test_float64_is_eager() -> None:
+    assert choose("auto", torch.device("cpu"), torch.float64) is load("eager")
+    with pytest.raises(RuntimeError, match=r"backend='cpu' cannot run: it has no kernels for torch.float64"):
+        token_logps(LOGITS.double(), LABELS, backend="cpu")
+
+
+def test_triton_on_a_cpu_raises() -> None:
+    done = run(
+        "import torch, fastdpo; fastdpo.token_logps(torch.randn(1, 3), torch.zeros(1).long(), backend='triton')"
+    )
+    assert done.returncode != 0
+    assert "RuntimeError: backend='triton' cannot run: its tensors must be on a GPU" in done.stderr
+
+
+def test_without_a_compiler_eager_works_with_one_warning(tmp_path: Path) -> None:
+    code = (
+        "import torch, fastdpo\n"
+        "x = torch.randn(4, 3, 7, requires_grad=True)\n"
+        "for _ in range(2):\n"
+        "    fastdpo.dpo_loss(x, torch.zeros(4, 3).long()).loss.backward()\n"
+        "print(x.grad.abs().sum() > 0)\n"
+        "try: fastdpo.token_logps(x, torch.zeros(4, 3).long(), backend='cpu')\n"
+        "except RuntimeError as error: print(error)\n"
+    )
+    done = run(code, FASTDPO_CACHE=str(tmp_path), PATH=str(tmp_path), CXX="")
+    assert done.returncode == 0, done.stderr
+    assert "tensor(True)" in done.stdout
+    assert "backend='cpu' cannot run: no C++ compiler found" in done.stdout
+    assert done.stderr.count("'cpu' backend is not available (no C++ compiler found") == 1
+
+
+def test_a_failing_compiler_names_its_log(tmp_path: Path) -> None:
+    compiler = tmp_path / "broken-c++"
+    compiler.write_text("#!/bin/sh\necho this compiler is broken >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    code = "from fastdpo.backend import load; print(load('cpu'))"
+    done = run(code, FASTDPO_CACHE=str(tmp_path / "cache"), CXX=str(compiler))
+    assert f"the C++ build failed with {compiler}; its output is in {tmp_path / 'cache' / 'build.log'}" in done.stdout
+    assert "this compiler is broken" in (tmp_path / "cache" / "build.log").read_text()
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == ["build.log"]  # nothing half built is left

@@ -1,0 +1,68 @@
+"""The ops under torch.compile and torch.library's own checks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastdpo import dpo_loss, linear_dpo_loss
+from fastdpo.backend import load
+
+NO_COMPILER = isinstance(load("cpu"), str)
+
+
+def batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    labels = torch.randint(0, 53, (4, 6))
+    labels[0, :2] = -100
+    return torch.randn(4, 6, 8, requires_grad=True), torch.randn(53, 8, requires_grad=True), labels, -torch.rand(4)
+
+
+@pytest.mark.skipif(NO_COMPILER, reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge"])
+def test_compiles_without_graph_break(loss_type: str) -> None:
+    hidden, weight, labels, ref = batch()
+    cu_seqlens = torch.tensor([0, 6, 12, 18, 24])
+
+    def losses(hidden: Tensor, weight: Tensor) -> Tensor:
+        keywords = dict(shift=True, stats=("entropy", "is_top1"), loss_type=loss_type)
+        from_hidden = linear_dpo_loss(hidden, weight, labels, ref, softcap=20.0, **keywords)
+        logits = (hidden @ weight.T).view(24, 53)
+        packed = dpo_loss(logits, labels.view(24), ref, cu_seqlens=cu_seqlens, inplace_backward=True, **keywords)
+        return from_hidden.loss + packed.loss + from_hidden.stats.entropy.mean()
+
+    expected = losses(hidden, weight)
+    expected_grads = torch.autograd.grad(expected, [hidden, weight])
+    result = torch.compile(losses, fullgraph=True)(hidden, weight)
+    torch.testing.assert_close(result, expected)
+    for grad, true in zip(torch.autograd.grad(result, [hidden, weight]), expected_grads, strict=True):
+        torch.testing.assert_close(grad, true, rtol=1e-4, atol=1e-6)
+
+
+def test_opcheck(backend: str) -> None:
+    hidden, weight, labels, ref = (x.detach() for x in batch())
+    ops = torch.ops.fastdpo
+    targets = ops.targets(labels.view(-1), 53, -100)
+    logits = (hidden @ weight.T).view(1, 24, 53)
+    transform = (1.0, 30.0, 0.7)
+    logps, lse, entropy = ops.row_forward(logits, targets, *transform, ["entropy"], backend)
+    grads = (logps, lse, entropy, torch.randn(24), torch.randn(24))
+    flat = hidden.view(24, 8)
+    bounds = torch.arange(5) * 6
+    linear = (flat, weight, None, targets)
+    *_, tile = ops.linear_forward(*linear, *transform, ["entropy"], torch.float32, 256.0, True, backend)
+    assert tile.shape == (24, 53)
+    samples = [
+        (ops.targets, (labels.view(-1), 53, -100)),
+        (ops.bounds, (bounds, 24)),
+        (ops.reference, (ref,)),
+        (ops.row_forward, (logits, targets, *transform, ["entropy", "is_top1"], backend)),
+        (ops.row_backward, (logits, targets, *grads, *transform, backend)),
+        (ops.row_backward_, (logits.clone(), targets, *grads, *transform, backend)),
+        (ops.linear_forward, (*linear, *transform, ["entropy"], torch.float32, 256.0, True, backend)),
+        (ops.linear_backward, (*linear, *grads, *transform, torch.float32, 1e-3, [True, True, False], backend)),
+        (ops.sequence_sums, (logps, bounds, backend)),
+        (ops.pair_sigmoid, (logps, bounds, ref, 0.1, 0.0, backend)),
+    ]
+    for op, arguments in samples:
+        torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))

@@ -1,0 +1,228 @@
+"""dpo_loss and linear_dpo_loss: hand-worked numbers, layouts, modules, errors."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastdpo
+from fastdpo import dpo_loss, linear_dpo_loss
+from fastdpo.losses import LOSSES, LossOptions, Pairs
+
+
+def pair_logits() -> tuple[Tensor, Tensor]:
+    """One pair over a vocabulary of 2. Probability of token 1 at each position: chosen 0.8, 0.5; rejected 0.25, 0.9.
+
+    Labels are token 1 everywhere but the last rejected position, which is ignored. Sequence logps:
+    chosen ln 0.8 + ln 0.5 = ln 0.4; rejected ln 0.25.
+    """
+    p = torch.tensor([[0.8, 0.5], [0.25, 0.9]], dtype=torch.float64)
+    return torch.stack([(1 - p).log(), p.log()], dim=-1), torch.tensor([[1, 1], [1, -100]])
+
+
+def test_hand_worked_sigmoid() -> None:
+    """ref chosen ln 0.2, rejected ln 0.5: ratios ln 2 and ln 0.5, h = ln 4; beta 0.5: sigmoid(ln 2) = 2/3.
+
+    loss = -ln(2/3); smoothed by 0.1: -0.9 ln(2/3) - 0.1 ln(1/3).
+    """
+    logits, labels = pair_logits()
+    ref = torch.tensor([0.2, 0.5], dtype=torch.float64).log()
+    out = dpo_loss(logits, labels, ref, beta=0.5)
+    assert out.loss.item() == pytest.approx(-math.log(2 / 3), rel=1e-12)
+    assert out.chosen_logps.item() == pytest.approx(math.log(0.4), rel=1e-12)
+    assert out.rejected_logps.item() == pytest.approx(math.log(0.25), rel=1e-12)
+    assert out.chosen_rewards.item() == pytest.approx(0.5 * math.log(2), rel=1e-12)
+    assert out.rejected_rewards.item() == pytest.approx(-0.5 * math.log(2), rel=1e-12)
+    smoothed = dpo_loss(logits, labels, ref, beta=0.5, label_smoothing=0.1)
+    assert smoothed.loss.item() == pytest.approx(-0.9 * math.log(2 / 3) - 0.1 * math.log(1 / 3), rel=1e-12)
+
+
+def test_hand_worked_reference_free() -> None:
+    """h = ln 0.4 - ln 0.25 = ln 1.6; beta 1: loss = -ln(1.6 / 2.6)."""
+    logits, labels = pair_logits()
+    out = dpo_loss(logits, labels, beta=1.0)
+    assert out.loss.item() == pytest.approx(-math.log(1.6 / 2.6), rel=1e-12)
+    assert out.chosen_rewards.item() == pytest.approx(math.log(0.4), rel=1e-12)
+
+
+def test_hand_worked_gradient() -> None:
+    """d loss / d logit of the target = -beta sigmoid(-beta h) (1 - p) for chosen: -0.5 * 1/3 * (1 - p)."""
+    logits, labels = pair_logits()
+    logits.requires_grad_()
+    ref = torch.tensor([0.2, 0.5], dtype=torch.float64).log()
+    dpo_loss(logits, labels, ref, beta=0.5).loss.backward()
+    torch.testing.assert_close(logits.grad[0, 0], torch.tensor([0.2, -0.2], dtype=torch.float64) * 0.5 / 3)
+    torch.testing.assert_close(logits.grad[1, 0], torch.tensor([-0.75, 0.75], dtype=torch.float64) * 0.5 / 3)
+    assert logits.grad[1, 1].count_nonzero() == 0
+
+
+def test_hand_worked_hinge_and_ipo() -> None:
+    """h = ln 4, beta 0.5. hinge: 1 - ln 2. ipo: ratios ln 2 over 2 tokens, -ln 2 over 1: (1.5 ln 2 - 1)^2."""
+    logits, labels = pair_logits()
+    ref = torch.tensor([0.2, 0.5], dtype=torch.float64).log()
+    hinge = dpo_loss(logits, labels, ref, beta=0.5, loss_type="hinge").loss.item()
+    assert hinge == pytest.approx(1 - math.log(2), rel=1e-12)
+    ipo = dpo_loss(logits, labels, ref, beta=0.5, loss_type="ipo").loss.item()
+    assert ipo == pytest.approx((1.5 * math.log(2) - 1) ** 2, rel=1e-12)
+
+
+def batch(pairs: int = 2, length: int = 7) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hidden = torch.randn(2 * pairs, length, 16)
+    weight = torch.randn(301, 16)
+    labels = torch.randint(0, 301, (2 * pairs, length))
+    labels[0, :3] = -100
+    labels[-1] = -100  # a fully masked sequence
+    return hidden, weight, labels, -20 * torch.rand(2 * pairs)
+
+
+def plain(logits: Tensor, labels: Tensor, ref: Tensor | None, beta: float) -> Tensor:
+    """The loss by plain autograd, written apart from the package."""
+    counted = labels != -100
+    logps = torch.log_softmax(logits, -1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    sums = (logps * counted).sum(-1) - (0 if ref is None else ref)
+    chosen, rejected = sums.chunk(2)
+    return -torch.nn.functional.logsigmoid(beta * (chosen - rejected)).mean()
+
+
+@pytest.mark.parametrize("referenced", [True, False])
+@pytest.mark.parametrize("pairs", [1, 3])
+def test_value_and_gradient(backend: str, referenced: bool, pairs: int) -> None:
+    hidden, weight, labels, ref = batch(pairs)
+    ref = ref if referenced else None
+    h64, w64 = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    truth = plain(h64 @ w64.T, labels, None if ref is None else ref.double(), 0.1)
+    true_grads = torch.autograd.grad(truth, [h64, w64])
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    out = linear_dpo_loss(hidden, weight, labels, ref, backend=backend)
+    torch.testing.assert_close(out.loss.double(), truth, rtol=1e-5, atol=1e-6)
+    for grad, true in zip(torch.autograd.grad(out.loss, [hidden, weight]), true_grads, strict=True):
+        torch.testing.assert_close(grad.double(), true, rtol=1e-4, atol=1e-6)
+    logits = (hidden @ weight.T).detach().requires_grad_()
+    from_logits = dpo_loss(logits, labels, ref, backend=backend)
+    bare = fastdpo.DPOFunction.apply(logits, labels, ref, 0.1)
+    torch.testing.assert_close(from_logits.loss, out.loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(bare, from_logits.loss)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (bare, from_logits.loss)))
+
+
+@pytest.mark.parametrize("loss_type", list(LOSSES))
+@pytest.mark.parametrize("shift", [False, True])
+def test_packed_equals_padded(backend: str, loss_type: str, shift: bool) -> None:
+    """Sequences of length 7, 3, 0, 5: same loss and gradients without the padding, from hidden and from logits."""
+    hidden, weight, labels, ref = batch()
+    lengths = [7, 3, 0, 5]
+    labels = torch.randint(0, 301, (4, 7))
+    for row, length in enumerate(lengths):
+        labels[row, length:] = -100
+    keep = torch.arange(7)[None] < torch.tensor(lengths)[:, None]
+    cu_seqlens = torch.tensor([0, 7, 10, 10, 15], dtype=torch.int32)
+    keywords = dict(loss_type=loss_type, shift=shift, backend=backend)
+
+    def run(hidden: Tensor, labels: Tensor, **more) -> tuple[Tensor, Tensor, Tensor]:
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        out = linear_dpo_loss(h, w, labels, ref, **keywords, **more)
+        out.loss.backward()
+        logits = dpo_loss(hidden @ weight.T, labels, ref, **keywords, **more)
+        torch.testing.assert_close(logits.loss, out.loss, rtol=1e-5, atol=1e-5)
+        return out, h.grad, w.grad
+
+    padded, padded_dx, padded_dw = run(hidden, labels)
+    packed, packed_dx, packed_dw = run(hidden[keep], labels[keep], cu_seqlens=cu_seqlens)
+    torch.testing.assert_close(packed.loss, padded.loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(packed.chosen_logps, padded.chosen_logps, rtol=1e-5, atol=1e-5)
+    assert packed.rejected_logps[0] == 0  # the empty sequence
+    torch.testing.assert_close(packed_dx, padded_dx[keep], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(packed_dw, padded_dw, rtol=1e-4, atol=1e-6)
+    with_one = run(hidden[keep][None], labels[keep][None], cu_seqlens=cu_seqlens)[0]  # [1, N], as Hugging Face packs
+    assert torch.equal(with_one.loss, packed.loss)
+
+
+def test_stats_stay_differentiable() -> None:
+    """An NLL term on the chosen logps and an entropy bonus beside the loss."""
+    hidden, weight, labels, ref = batch()
+    h = hidden.double().requires_grad_()
+    out = linear_dpo_loss(h, weight.double(), labels, ref.double(), stats=("entropy",))
+    (grad,) = torch.autograd.grad(out.loss - out.stats.logps[:2].sum() - 0.1 * out.stats.entropy.sum(), h)
+    h2 = hidden.double().requires_grad_()
+    logits = h2 @ weight.double().T
+    log_p = torch.log_softmax(logits, -1)
+    counted = labels != -100
+    logps = log_p.gather(-1, labels.clamp(min=0)[..., None])[..., 0] * counted
+    entropy = -(log_p.exp() * log_p).sum(-1) * counted
+    total = plain(logits, labels, ref.double(), 0.1) - logps[:2].sum() - 0.1 * entropy.sum()
+    torch.testing.assert_close(grad, torch.autograd.grad(total, h2)[0])
+    for detached in out[1:5]:
+        assert not detached.requires_grad
+
+
+def test_modules() -> None:
+    hidden, weight, labels, ref = batch()
+    module = fastdpo.LinearDPOLoss(beta=0.3, shift=True, stats=("lse",))
+    expected = linear_dpo_loss(hidden, weight, labels, ref, beta=0.3, shift=True, stats=("lse",))
+    assert torch.equal(module(hidden, weight, labels, ref).loss, expected.loss)
+    assert "beta=0.3" in repr(module)
+    from_logits = fastdpo.DPOLoss(beta=0.3, loss_type="hinge")(hidden @ weight.T, labels, ref)
+    assert torch.equal(from_logits.loss, dpo_loss(hidden @ weight.T, labels, ref, beta=0.3, loss_type="hinge").loss)
+    with pytest.raises(TypeError, match=r"betas: not a keyword of dpo_loss; expected some of .*beta"):
+        fastdpo.DPOLoss(betas=0.1)
+
+
+@pytest.mark.parametrize("pairs", [0, 1])
+def test_nothing_to_learn_from(backend: str, pairs: int) -> None:
+    """No pairs, and a pair of fully masked sequences: finite loss, zero gradient."""
+    h = torch.randn(2 * pairs, 4, 8, requires_grad=True)
+    labels = torch.full((2 * pairs, 4), -100)
+    out = linear_dpo_loss(h, torch.randn(20, 8), labels, torch.zeros(2 * pairs), backend=backend)
+    out.loss.backward()
+    assert out.loss.item() == pytest.approx(math.log(2) if pairs else 0.0)
+    assert h.grad.count_nonzero() == 0
+
+
+def losses_of(**keywords) -> None:
+    logits = torch.randn(4, 3, 7)
+    arguments = dict(labels=torch.zeros(4, 3, dtype=torch.int64), ref_logps=None) | keywords
+    dpo_loss(arguments.pop("logits", logits), **arguments)
+
+
+PACKED = dict(logits=torch.randn(12, 7), labels=torch.zeros(12, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        (dict(logits=torch.randn(3, 3, 7), labels=torch.zeros(3, 3).long()), "labels: a pair batch .* got 3"),
+        (dict(ref_logps=torch.zeros(3)), r"ref_logps: .*shape \[4\], got \[3\]"),
+        (dict(ref_logps=torch.zeros(4, 3)), r"ref_logps: .*shape \[4\], got \[4, 3\]"),
+        (dict(ref_logps=torch.tensor([0, 0, float("nan"), 0])), "ref_logps: expected finite .* got nan for sequence 2"),
+        (dict(loss_type="sigmiod"), "unknown loss 'sigmiod', .*did you mean 'sigmoid'"),
+        (dict(loss_type="hinge", label_smoothing=0.1), "label_smoothing: loss 'hinge' does not use it"),
+        (dict(label_smoothing=0.5), r"label_smoothing: expected a number in \[0, 0.5\), got 0.5"),
+        (dict(beta=0.0), "beta: expected a finite number above 0, got 0.0"),
+        (PACKED | dict(cu_seqlens=torch.tensor([0, 4, 11])), "cu_seqlens: expected to start at 0 and end at N=12, got 0 and 11"),
+        (PACKED | dict(cu_seqlens=torch.tensor([1, 4, 12])), "cu_seqlens: expected to start at 0"),
+        (PACKED | dict(cu_seqlens=torch.tensor([0, 8, 4, 8, 12])), "cu_seqlens: expected values that never fall"),
+        (PACKED | dict(cu_seqlens=torch.tensor([0, 4, 8, 12])), "cu_seqlens: a pair batch needs an even number .* got 3"),
+        (dict(cu_seqlens=torch.tensor([0, 4, 12])), r"labels: expected packed \[N\]"),
+        (dict(labels=torch.zeros(12).long(), logits=torch.randn(12, 7)), r"labels: expected \[2B, T\]"),
+    ],
+)
+def test_errors(keywords: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        losses_of(**keywords)
+
+
+def test_wrong_types() -> None:
+    with pytest.raises(TypeError, match="ref_logps: expected a float32 tensor"):
+        losses_of(ref_logps=[0.0] * 4)
+    with pytest.raises(TypeError, match="cu_seqlens: expected an int32 tensor, got torch.float32"):
+        losses_of(**PACKED, cu_seqlens=torch.tensor([0.0, 4.0, 12.0]))
+
+
+def test_pairs_split() -> None:
+    pairs = Pairs.split(torch.arange(4.0), None, torch.ones(4))
+    assert pairs.chosen.tolist() == [0, 1] and pairs.rejected.tolist() == [2, 3]
+    assert LOSSES["hinge"](pairs, LossOptions(beta=0.25)).tolist() == [1.5, 1.5]  # margins -2
