@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# Compaction's column and gather passes, in plain PyTorch until they have kernels of their own
+from fastdpo.eager import column_mass, column_probs, compact_gradient
+
 _NO_TRITON: str | None = None
 try:
     from . import launch
@@ -11,7 +14,16 @@ try:
 except ImportError as error:  # Triton is an optional dependency
     _NO_TRITON = f"Triton cannot be imported: {error}"
 
-__all__ = ["pair_sigmoid", "row_backward", "row_forward", "sequence_sums", "unavailable"]
+__all__ = [
+    "column_mass",
+    "column_probs",
+    "compact_gradient",
+    "pair_sigmoid",
+    "row_backward",
+    "row_forward",
+    "sequence_sums",
+    "unavailable",
+]
 
 
 def unavailable() -> str | None:

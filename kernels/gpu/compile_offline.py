@@ -39,6 +39,7 @@ _FLOAT = ("inner", "outer", "slope", "beta", "label_smoothing")
 _POINTERS = {"targets": "*i64", "bounds": "*i64", "is_top1": "*i8"}
 
 _NO_STATS = dict.fromkeys(("entropy", "mean_logits", "is_top1", "log_sum_sq_probs"))
+_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 _FLAGS = ("ENTROPY", "MEAN", "TOP1", "SQUARES")
 
 
@@ -46,6 +47,7 @@ class Case(NamedTuple):
     kernel: Any
     constants: dict[str, Any]  # constexprs, and the arguments that are None
     streams: bool = True  # reads rows of logits, so its main loop counts
+    narrow: bool = False
 
 
 def _forward(kind: Any = IDENTITY, stats: bool = False, peel: bool = False, split: bool = False) -> Case:
@@ -53,9 +55,9 @@ def _forward(kind: Any = IDENTITY, stats: bool = False, peel: bool = False, spli
     return Case(row_forward_kernel, {**none, **dict.fromkeys(_FLAGS, stats), "KIND": kind, "PEEL": peel})
 
 
-def _backward(kind: Any = IDENTITY, entropy: bool = False, peel: bool = False, wide: bool = True) -> Case:
+def _backward(kind: Any = IDENTITY, entropy: bool = False, peel: bool = False) -> Case:
     none = {} if entropy else dict.fromkeys(("entropy", "grad_entropy"))
-    return Case(row_backward_kernel, {**none, "KIND": kind, "PEEL": peel, "WIDE": wide})
+    return Case(row_backward_kernel, {**none, "KIND": kind, "PEEL": peel})
 
 
 CASES = {
@@ -72,7 +74,7 @@ CASES = {
     "backward, softcap": _backward(SOFTCAP),
     "backward, entropy": _backward(entropy=True),
     "backward, entropy, softcap, odd V": _backward(SOFTCAP, entropy=True, peel=True),
-    "backward, out aligned otherwise": _backward(peel=True, wide=False),
+    "backward, out aligned otherwise": _backward()._replace(narrow=True),
     "combine": Case(row_combine_kernel, {"KIND": IDENTITY, "SPLITS": launch.MAX_SPLITS}, streams=False),
     "sums": Case(sequence_sums_kernel, {"BLOCK": BLOCK}, streams=False),
     "pair": Case(pair_sigmoid_kernel, {"BLOCK": BLOCK}, streams=False),
@@ -85,9 +87,7 @@ def compile_kernel(case: Case, target: GPUTarget, dtype: str = "bf16") -> Any:
     constants = dict(case.constants)
     warps = 1 if case.kernel is row_combine_kernel else launch.WARPS
     if case.streams:
-        size = 4 if dtype == "fp32" else 2
-        block = launch.FORWARD_BLOCK_BYTES if case.kernel is row_forward_kernel else launch.BACKWARD_BLOCK_BYTES
-        constants |= {"VEC": 16 // size, "LANES": warps * target.warp_size, "BLOCK": block // size}
+        constants |= launch.block_shape(_BYTES[dtype], target.warp_size, case.narrow)
     names = case.kernel.arg_names
     signature = {name: "constexpr" if name in constants else _type(name, dtype) for name in names}
     values = {(names.index(name),): getattr(value, "value", value) for name, value in constants.items()}
@@ -106,18 +106,14 @@ def _type(name: str, dtype: str) -> str:
 
 
 def measure(case: Case, target: GPUTarget, dtype: str = "bf16") -> dict[str, Any]:
-    """registers, spills, shared; and where rows of logits are read: widest_load, widest_store (bits, of the main loop)
-    and instructions_per_logit (NVIDIA: of the main loop, without the branch that only the target's block takes)."""
+    """registers, spills, shared; where rows of logits are read: widest_load, widest_store (bits) and, on NVIDIA,
+    instructions_per_logit: of the main loop, without the branch that only the target's block takes."""
     compiled = compile_kernel(case, target, dtype)
-    read = _read_nvidia if target.backend == "cuda" else _read_amd
-    found = {"registers": 0, "spills": 0, "shared": compiled.metadata.shared, **read(compiled, case)}
-    logits = found.pop("block", 0) / (target.warp_size * launch.WARPS)
-    if case.streams and "loop" in found:
-        size = 4 if dtype == "fp32" else 2
-        block = launch.FORWARD_BLOCK_BYTES if case.kernel is row_forward_kernel else launch.BACKWARD_BLOCK_BYTES
-        logits = block / size / (target.warp_size * launch.WARPS)
-        found["instructions_per_logit"] = round(found.pop("loop") / logits, 2)
-    return found
+    found = {"shared": compiled.metadata.shared}
+    if target.backend == "hip":
+        return found | _read_amd(compiled, case.streams)
+    shape = launch.block_shape(_BYTES[dtype], target.warp_size, case.narrow)
+    return found | _read_nvidia(compiled, case.streams, shape["BLOCK"] // shape["LANES"])
 
 
 # --- NVIDIA ----------------------------------------------------------------------------------------------------------
@@ -134,19 +130,19 @@ def sass(compiled: Any) -> str:
     return done.stderr + done.stdout
 
 
-def _read_nvidia(compiled: Any, case: Case) -> dict[str, Any]:
+def _read_nvidia(compiled: Any, streams: bool, logits: int) -> dict[str, Any]:
     text = sass(compiled)
     registers = re.search(r"REG:(\d+) STACK:(\d+)", text)
     assert registers, "cuobjdump printed no resource usage"
     instructions = [(int(at, 16), op) for at, op in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*?)\s*;", text)]
     local = sum("LDL" in op or "STL" in op for _, op in instructions)
-    found = {"registers": int(registers[1]), "spills": max(int(registers[2]), local)}
-    if case.streams:
+    found: dict[str, Any] = {"registers": int(registers[1]), "spills": max(int(registers[2]), local)}
+    if streams:
         loop = _main_loop(instructions)
         found |= {
             "widest_load": _widest(loop, "LDG.E"),
             "widest_store": _widest(loop, "STG.E"),
-            "loop": len(loop),
+            "instructions_per_logit": round(len(loop) / logits, 2),  # a thread's, of the `logits` it holds
         }
     return found
 
@@ -178,24 +174,22 @@ def _taken(body: list[tuple[int, str]]) -> list[str]:
 
 
 def _widest(ops: list[str], kind: str) -> int:
-    found = [op for op in ops if kind in op]
-    for bits in (128, 64):
-        if any(f".{bits}" in op for op in found):
-            return bits
-    return 32 if found and not all(".U16" in op for op in found) else 16 if found else 0
+    names = [word for op in ops for word in op.split() if word.startswith(kind)]
+    bits = {".128": 128, ".64": 64, ".U16": 16, ".U8": 8}
+    return max((next((b for suffix, b in bits.items() if suffix in n), 32) for n in names), default=0)
 
 
 # --- AMD -------------------------------------------------------------------------------------------------------------
 
 
-def _read_amd(compiled: Any, case: Case) -> dict[str, Any]:
+def _read_amd(compiled: Any, streams: bool) -> dict[str, Any]:
     text = compiled.asm["amdgcn"]
 
     def number(name: str) -> int:
         return max((int(n) for n in re.findall(rf"\.{name}:\s*(\d+)", text)), default=0)
 
     found = {"registers": number("vgpr_count"), "spills": number("vgpr_spill_count") + number("sgpr_spill_count")}
-    if case.streams:
+    if streams:
         widths = {"dwordx4": 128, "dwordx2": 64, "dword ": 32, "short": 16, "ushort": 16}
         for key, kind in (("widest_load", "load"), ("widest_store", "store")):
             names = re.findall(rf"(?:global|buffer)_{kind}_(\w+ )", text)
@@ -204,9 +198,13 @@ def _read_amd(compiled: Any, case: Case) -> dict[str, Any]:
 
 
 def main() -> None:
-    for name, case in CASES.items():
-        for arch, target in TARGETS.items():
-            sys.stdout.write(json.dumps({"kernel": name, "target": arch, **measure(case, target)}) + "\n")
+    runs = [(name, "bf16", arch) for name in CASES for arch in TARGETS]
+    runs += [
+        (name, dtype, "sm_90") for name in ("forward, all stats", "backward, entropy") for dtype in ("fp16", "fp32")
+    ]
+    for name, dtype, arch in runs:
+        found = {"kernel": name, "dtype": dtype, "target": arch, **measure(CASES[name], TARGETS[arch], dtype)}
+        sys.stdout.write(json.dumps(found) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,43 +20,30 @@ from .row_math import IDENTITY, SCALE, SOFTCAP
 # compute; more warps would only make the one merge of lanes dearer.
 WARPS = 4
 
-# Bytes of logits a program holds in registers at once. Forward, 16 KiB: 8 16-byte loads in flight a thread (4 where a
-# wave has 64 lanes), which spreads the rescaling of the running sums over 64 logits; 32 KiB would spill.
-FORWARD_BLOCK_BYTES = 16384
-# Backward, 8 KiB: holds a block's logits and its gradients, and has no running sums to spread.
-BACKWARD_BLOCK_BYTES = 8192
+# 16-byte loads a thread issues at once, which makes a block 8 KiB of logits (16 KiB where a warp has 64 lanes). 8 loads
+# would spare 0.1 instructions per logit and take twice the registers, so half the programs at a time; with all
+# statistics 255 registers.
+VECTORS = 4
 
-# Blocks a backward program does: reading the row's scalars is spread over 8 blocks (64 KiB of logits)
+# Blocks a backward program does: reading the row's scalars is spread over them
 BACKWARD_BLOCKS = 8
-# Blocks a forward program does at least, where a row is split: fewer, and merging costs as much as it spares
-FORWARD_BLOCKS = 2
+# Blocks a forward program does at least, where a row is split: with fewer, merging costs as much as splitting spares
+FORWARD_BLOCKS = 4
 
-# Programs a multiprocessor should get before rows are left whole. 4 programs of 4 warps keep 64 KiB of loads in flight,
+# Programs a multiprocessor should get before rows are left whole. 8 programs of 4 warps keep 64 KiB of loads in flight,
 # above the about 20 KiB (H100) to 40 KiB (B200) that latency times bandwidth asks of one multiprocessor.
-PROGRAMS_PER_PROCESSOR = 4
-# Programs a row at most: their states are merged by one warp, and 64 fill every GPU with as few as 9 rows
+PROGRAMS_PER_PROCESSOR = 8
+# Programs a row at most: their states are merged by one warp
 MAX_SPLITS = 64
 
 
-class ForwardPlan(NamedTuple):
-    splits: int  # programs a row
-    span: int  # columns a program
-    block: int
-    lanes: int
-    vec: int  # logits in 16 bytes
-    warps: int
-    peel: bool
+class Plan(NamedTuple):
+    """How a row kernel is launched."""
 
-
-class BackwardPlan(NamedTuple):
-    chunks: int  # programs a row
-    span: int
-    block: int
-    lanes: int
-    vec: int
-    warps: int
-    peel: bool
-    wide: bool  # logits and out are aligned alike: 16-byte accesses on both
+    programs: int  # a row
+    span: int  # columns a program, a multiple of the block
+    shape: dict[str, int]  # the kernels' VEC, LANES, BLOCK
+    peel: bool  # a row may start or end off 16 bytes
 
 
 def unavailable() -> str | None:
@@ -85,28 +72,36 @@ def transform_arguments(transform: Transform) -> tuple[int, float, float]:
     return (IDENTITY if scale == temperature else SCALE).value, 1.0, scale / temperature
 
 
-def forward_plan(logits: Tensor, rows: int) -> ForwardPlan:
-    vec = 16 // logits.element_size()
-    block = FORWARD_BLOCK_BYTES // logits.element_size()
-    blocks = -(-logits.shape[-1] // block)
-    wanted = -(-PROGRAMS_PER_PROCESSOR * _processors(logits.device) // rows)
-    splits = max(1, min(wanted, MAX_SPLITS, blocks // FORWARD_BLOCKS))
-    span = -(-blocks // splits) * block
-    splits = -(-blocks * block // span)  # rounding the span up may leave none for the last
-    return ForwardPlan(splits, span, block, WARPS * _warp_size(logits.device), vec, WARPS, not _aligned(logits))
+def block_shape(item_size: int, warp_size: int, narrow: bool = False) -> dict[str, int]:
+    """The row kernels' VEC, LANES, BLOCK. narrow: element by element."""
+    vec, lanes = 16 // item_size, WARPS * warp_size
+    if narrow:  # 16 elements a thread: with 32, the masks of the tail alone spill on AMD
+        return {"VEC": 1, "LANES": lanes, "BLOCK": 16 * lanes}
+    return {"VEC": vec, "LANES": lanes, "BLOCK": VECTORS * lanes * vec}
 
 
-def backward_plan(logits: Tensor, out: Tensor, rows: int) -> BackwardPlan:
-    vec = 16 // logits.element_size()
-    block = BACKWARD_BLOCK_BYTES // logits.element_size()
-    blocks = -(-logits.shape[-1] // block)
-    wanted = -(-PROGRAMS_PER_PROCESSOR * _processors(logits.device) // rows)
+def forward_plan(logits: Tensor, rows: int) -> Plan:
+    shape = block_shape(logits.element_size(), _warp_size(logits.device))
+    blocks = -(-logits.shape[-1] // shape["BLOCK"])
+    splits = max(1, min(_programs_wanted(logits, rows), MAX_SPLITS, blocks // FORWARD_BLOCKS))
+    each = -(-blocks // splits)
+    # Not `splits`: rounding up may have left no block for the last
+    return Plan(-(-blocks // each), each * shape["BLOCK"], shape, peel=not _aligned(logits))
+
+
+def backward_plan(logits: Tensor, out: Tensor, rows: int) -> Plan:
+    # Only a slice of an odd V with a new out is not alike; no peeling of its rows serves both
+    alike = _aligned_alike(logits, out)
+    shape = block_shape(logits.element_size(), _warp_size(logits.device), narrow=not alike)
+    blocks = -(-logits.shape[-1] // shape["BLOCK"])
     # Programs share nothing here: a row may be cut as finely as its blocks
-    each = max(1, min(BACKWARD_BLOCKS, blocks // wanted))
-    wide = _aligned_alike(logits, out)
-    peel = not (_aligned(logits) and _aligned(out))
-    lanes = WARPS * _warp_size(logits.device)
-    return BackwardPlan(-(-blocks // each), each * block, block, lanes, vec, WARPS, peel, wide)
+    each = max(1, min(BACKWARD_BLOCKS, blocks // _programs_wanted(logits, rows)))
+    return Plan(-(-blocks // each), each * shape["BLOCK"], shape, peel=alike and not _aligned(logits))
+
+
+def _programs_wanted(logits: Tensor, rows: int) -> int:
+    """Programs a row that fill the GPU."""
+    return -(-PROGRAMS_PER_PROCESSOR * _processors(logits.device) // rows)
 
 
 def _aligned(rows: Tensor) -> bool:
@@ -135,7 +130,7 @@ def _warp_size(device: torch.device) -> int:
 
 @functools.cache
 def _processors(device: torch.device) -> int:
-    """Multiprocessors; one under the interpreter, so that 4 rows suffice to leave rows whole there."""
+    """Multiprocessors; one under the interpreter, so that 8 rows suffice to leave rows whole there."""
     if device.type == "cpu":
         return 1
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

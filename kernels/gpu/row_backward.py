@@ -56,6 +56,16 @@ def gradient(raw, row_scalars, inner, outer, KIND: tl.constexpr, ENTROPY: tl.con
 
 
 @triton.jit
+def one_hot(column, VEC: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr):
+    """`arange(BLOCK) == column` by parts: a thread would keep its 32 column numbers in registers through the loop."""
+    lane, k, j = column // VEC % LANES, column // (VEC * LANES), column % VEC
+    at_lane = (tl.arange(0, LANES) == lane)[None, :, None]
+    at_k = (tl.arange(0, BLOCK // (VEC * LANES)) == k)[:, None, None]
+    at_j = (tl.arange(0, VEC) == j)[None, None, :]
+    return tl.reshape(at_k & at_lane & at_j, [BLOCK])
+
+
+@triton.jit
 def with_target(grad, flat, at_target, target_grad, KIND: tl.constexpr):
     """The gradient with the target's column in place."""
     if KIND == SOFTCAP:
@@ -87,8 +97,7 @@ def row_backward_kernel(
     slope,  # d z / d raw, where raw is small under a softcap
     KIND: tl.constexpr,
     PEEL: tl.constexpr,  # rows may start or end off 16 bytes
-    WIDE: tl.constexpr,  # rows of logits and out are aligned alike
-    VEC: tl.constexpr,
+    VEC: tl.constexpr,  # 1: rows of logits and out are aligned differently, and no peeling serves both
     LANES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -99,14 +108,16 @@ def row_backward_kernel(
     target = tl.load(targets + row).to(tl.int32)
     source = logits + row_start(row, rows, stride_g, stride_r)
     sink = out + row_start(row, rows, out_stride_g, out_stride_r)
-    # Where the two are aligned differently no peeling serves both: unpeeled, with narrow accesses
-    head, body = aligned_part(source, width, PEEL and WIDE, VEC)
-    aligned = source + head
-    aligned_sink = sink + head
-    if WIDE:
-        aligned = tl.multiple_of(aligned, 16)
-        aligned_sink = tl.multiple_of(aligned_sink, 16)
-    begin = chunk * span
+    head, body = aligned_part(source, width, PEEL, VEC)
+    aligned = source
+    aligned_sink = sink
+    if PEEL:
+        aligned = tl.multiple_of(source + head, 16)
+        aligned_sink = tl.multiple_of(sink + head, 16)
+    elif VEC > 1:
+        aligned = tl.multiple_of(source, 16)
+        aligned_sink = tl.multiple_of(sink, 16)
+    begin = tl.multiple_of(chunk * span, BLOCK)
     end = tl.multiple_of(tl.maximum(begin, tl.minimum(begin + span, body)), VEC)
     full = begin + (end - begin) // BLOCK * BLOCK
     columns = tl.arange(0, BLOCK)
@@ -150,16 +161,16 @@ def row_backward_kernel(
     row_scalars = (lse2, a, b)
 
     if PEEL:
-        grad, flat = gradient(
-            tl.load(source + edges, mask=at_edge, other=NO_MAX), row_scalars, inner, outer, KIND, ENTROPY
-        )
-        grad = with_target(grad, flat, edges == y, target_grad, KIND)
-        tl.store(sink + edges, grad.to(out.dtype.element_ty), mask=at_edge)
+        raw_edges = tl.load(source + edges, mask=at_edge, other=NO_MAX)
+        edge_grad, edge_flat = gradient(raw_edges, row_scalars, inner, outer, KIND, ENTROPY)
+        edge_grad = with_target(edge_grad, edge_flat, edges == y, target_grad, KIND)
+        tl.store(sink + edges, edge_grad.to(out.dtype.element_ty), mask=at_edge)
 
     for start in range(begin, full, BLOCK):
         grad, flat = gradient(tl.load(aligned + start + columns), row_scalars, inner, outer, KIND, ENTROPY)
         if (start <= y_aligned) & (y_aligned < start + BLOCK):
-            grad = with_target(grad, flat, columns == y_aligned - start, target_grad, KIND)
+            at_target = one_hot(y_aligned - start, VEC, LANES, BLOCK)
+            grad = with_target(grad, flat, at_target, target_grad, KIND)
         tl.store(aligned_sink + start + columns, grad.to(out.dtype.element_ty))
 
     if full < end:
@@ -193,13 +204,10 @@ def row_backward(
     slope = transform.logit_scale / transform.temperature
     launch.run(
         row_backward_kernel,
-        count * plan.chunks,
-        plan.warps,
-        (*tensors, rows, width, *strides, plan.chunks, plan.span, vocab_start, inner, outer, slope),
+        count * plan.programs,
+        launch.WARPS,
+        (*tensors, rows, width, *strides, plan.programs, plan.span, vocab_start, inner, outer, slope),
         KIND=kind,
         PEEL=plan.peel,
-        WIDE=plan.wide,
-        VEC=plan.vec,
-        LANES=plan.lanes,
-        BLOCK=plan.block,
+        **plan.shape,
     )

@@ -6,9 +6,8 @@
 
 logits [G, R, V] -> each result [G*R]. Bytes: V * itemsize a row, and a few scalars.
 
-The sums are online in base 2, each lane with a maximum of its own: exp2(z * log2e - ref) is one FMA and one exp2, and
-lanes meet once, at the end. Where rows are few, `splits` programs share a row and a second kernel merges their states
-by the same function that merges lanes.
+The sums are online (row_state.py). Where rows are few, `splits` programs share a row, and a second kernel merges their
+states.
 """
 
 from __future__ import annotations
@@ -21,76 +20,11 @@ from torch import Tensor
 from fastdpo.options import Transform
 
 from . import launch
-from .row_math import (
-    LN2,
-    LOG2_OF_ZERO,
-    LOG2E,
-    NO_MAX,
-    aligned_part,
-    edge_columns,
-    row_start,
-    transformed,
-)
-
-# A state: (m, ref, s, t, q, a, earlier), each [LANES]
-#   m        maximum of z                           ref  m * log2e, rounded: what the exponents below are relative to
-#   s        sum e, e = exp2(z * log2e - ref)       t    sum e * log2 e         q  sum e^2        a  sum z
-#   earlier  maximum of z over the columns before the target
-STATE = tl.constexpr(7)
+from .row_math import LN2, LOG2E, NO_MAX, aligned_part, edge_columns, row_start, transformed
+from .row_state import STATE, absorb, lane_max, merged
 
 # Specialising on their divisibility or on 1 would compile anew as batches vary, and gain nothing: alignment is PEEL's
 INTEGERS = ("rows", "vocab", "stride_g", "stride_r", "splits", "span")
-
-
-@triton.jit
-def absorb(state, z, counted, before, ENTROPY: tl.constexpr, MEAN: tl.constexpr, SQUARES: tl.constexpr):
-    """The state after the block z [K, LANES, VEC]; padded logits are -inf. counted, before: masks of z or None."""
-    m, ref, s, t, q, a, earlier = state
-    m = tl.maximum(m, _lane_max(z))
-    new = m * LOG2E
-    # All -inf so far: any finite reference makes each exp2 below 0, and -inf - -inf would be NaN
-    safe = tl.where(m == NO_MAX, 0.0, new)
-    d = tl.fma(z, LOG2E, -safe[None, :, None])
-    e = tl.exp2(d)
-    shift = ref - safe
-    shrink = tl.exp2(shift)
-    if ENTROPY:
-        # sum e (d + shift) = t + shift * s: the sum so far, relative to the new reference
-        moved = tl.fma(s, tl.maximum(shift, LOG2_OF_ZERO), t)
-        t = tl.fma(moved, shrink, _lane_sum(e * tl.maximum(d, LOG2_OF_ZERO)))
-    if SQUARES:
-        q = tl.fma(q, shrink * shrink, _lane_sum(e * e))
-    if MEAN:
-        if counted is None:
-            a += _lane_sum(z)
-        else:
-            a += _lane_sum(tl.where(counted, z, 0.0))
-    s = tl.fma(s, shrink, _lane_sum(e))
-    if before is not None:
-        earlier = tl.maximum(earlier, _lane_max(tl.where(before, z, NO_MAX)))
-    return m, new, s, t, q, a, earlier
-
-
-@triton.jit
-def _lane_max(z):
-    return tl.max(tl.max(z, 2), 0)
-
-
-@triton.jit
-def _lane_sum(z):
-    return tl.sum(tl.sum(z, 2), 0)
-
-
-@triton.jit
-def merged(state):
-    """One scalar state from a vector of them: lanes, or the programs of a row."""
-    m, ref, s, t, q, a, earlier = state
-    ref_max = tl.max(ref, 0)
-    shift = ref - tl.where(ref_max == NO_MAX, 0.0, ref_max)
-    shrink = tl.exp2(shift)
-    t = tl.sum(tl.fma(s, tl.maximum(shift, LOG2_OF_ZERO), t) * shrink, 0)
-    q = tl.sum(q * shrink * shrink, 0)
-    return tl.max(m, 0), ref_max, tl.sum(s * shrink, 0), t, q, tl.sum(a, 0), tl.max(earlier, 0)
 
 
 @triton.jit
@@ -172,11 +106,12 @@ def row_forward_kernel(
     if PEEL:  # issued before the main loop, used after it
         # The row's first program does them all
         edges, at_edge = edge_columns(head, body, tl.where(split == 0, vocab, 0), LANES, VEC)
-        raw_edges = tl.load(pointer + edges, mask=at_edge, other=NO_MAX)
+        raw_edges = tl.load(pointer + edges, mask=at_edge, other=0.0)
 
-    aligned = tl.multiple_of(pointer + head, 16)
+    # A hint on pointer + 0, or on a helper's argument, would be folded away
+    aligned = tl.multiple_of(pointer + head, 16) if PEEL else tl.multiple_of(pointer, 16)
     y_aligned = y - head
-    begin = split * span
+    begin = tl.multiple_of(split * span, BLOCK)
     end = tl.multiple_of(tl.maximum(begin, tl.minimum(begin + span, body)), VEC)
     full = begin + (end - begin) // BLOCK * BLOCK
     columns = tl.arange(0, BLOCK)
@@ -195,7 +130,7 @@ def row_forward_kernel(
                 earlier = m
             elif start <= y_aligned:
                 before = tl.reshape(columns < y_aligned - start, [K, LANES, VEC])
-                earlier = tl.maximum(earlier, _lane_max(tl.where(before, z, NO_MAX)))
+                earlier = tl.maximum(earlier, lane_max(tl.where(before, z, NO_MAX)))
             state = (m, ref, s, t, q, a, earlier)
 
     if full < end:
@@ -298,28 +233,26 @@ def row_forward(
         kind, inner, outer = launch.transform_arguments(transform)
         strides = (rows, vocab, logits.stride(0), logits.stride(1))
         partials = None
-        if plan.splits > 1:
-            partials = targets.new_empty((STATE.value, count, plan.splits), dtype=torch.float32)
+        if plan.programs > 1:
+            partials = targets.new_empty((STATE.value, count, plan.programs), dtype=torch.float32)
         launch.run(
             row_forward_kernel,
-            count * plan.splits,
-            plan.warps,
-            (logits, targets, partials, *outputs, *strides, plan.splits, plan.span, inner, outer),
+            count * plan.programs,
+            launch.WARPS,
+            (logits, targets, partials, *outputs, *strides, plan.programs, plan.span, inner, outer),
             KIND=kind,
             **{flag: name in found for flag, name in zip(("ENTROPY", "MEAN", "TOP1", "SQUARES"), STATS, strict=True)},
             PEEL=plan.peel,
-            VEC=plan.vec,
-            LANES=plan.lanes,
-            BLOCK=plan.block,
+            **plan.shape,
         )
         if partials is not None:
             launch.run(
                 row_combine_kernel,
                 count,
                 1,
-                (logits, targets, partials, *outputs, *strides, plan.splits, inner, outer),
+                (logits, targets, partials, *outputs, *strides, plan.programs, inner, outer),
                 KIND=kind,
-                SPLITS=triton.next_power_of_2(plan.splits),
+                SPLITS=triton.next_power_of_2(plan.programs),
             )
     return list(found.values())
 

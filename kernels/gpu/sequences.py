@@ -62,7 +62,7 @@ def pair_sigmoid_kernel(
     ref_logps,  # [2B] or None
     losses,  # [B]
     sums,  # [2B]
-    slope,  # [2B]
+    slopes,  # [2B]
     pairs,  # B
     beta,
     label_smoothing,
@@ -88,8 +88,8 @@ def pair_sigmoid_kernel(
     more, less = 1 / (1 + u), u / (1 + u)  # sigmoid(|h|), sigmoid(-|h|)
     rises, falls = tl.where(h >= 0, more, less), tl.where(h >= 0, less, more)  # sigmoid(h), sigmoid(-h)
     pull = ((1 - label_smoothing) * falls - label_smoothing * rises) * (beta / pairs)
-    tl.store(slope + chosen, -pull)
-    tl.store(slope + rejected, pull)
+    tl.store(slopes + chosen, -pull)
+    tl.store(slopes + rejected, pull)
 
 
 def sequence_sums(values: Tensor, bounds: Tensor) -> Tensor:

@@ -1,0 +1,162 @@
+"""What only the Triton kernels can get wrong: alignment, split rows, bytes moved. Values at large: test_kernels.py."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastdpo import eager
+from fastdpo.backend import load
+from fastdpo.options import Transform
+
+if isinstance(load("triton"), str):
+    pytest.skip(f"triton: {load('triton')}", allow_module_level=True)
+
+from triton.runtime.interpreter import InterpreterBuilder
+
+from fastdpo import gpu
+
+STATS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
+
+
+def close(result: Tensor, true: Tensor, tolerance: float = 2e-5) -> None:
+    torch.testing.assert_close(result.double(), true.double(), rtol=tolerance, atol=tolerance)
+
+
+def check(logits: Tensor, targets: Tensor, transform: Transform, out: Tensor | None = None) -> None:
+    """Forward with all stats and backward of both gradients against eager in float64."""
+    results = gpu.row_forward(logits, targets, transform, STATS)
+    truth = eager.row_forward(logits.double(), targets, transform, STATS)
+    for result, true in zip(results, truth, strict=True):
+        close(result, true)
+    grads = [torch.randn(len(targets)) for _ in range(2)]
+    true_out = torch.empty(logits.shape, dtype=torch.float64)
+    eager.row_backward(logits.double(), targets, *truth[:3], *(g.double() for g in grads), transform, 0, true_out)
+    out = torch.empty_like(logits) if out is None else out
+    gpu.row_backward(logits, targets, *results[:3], *grads, transform, 0, out)
+    close(out, true_out, 2e-3 if logits.dtype == torch.float16 else 2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("rows", "vocab"), [(2, 9001), (10, 2051), (10, 4096)], ids=["split", "odd", "aligned"])
+def test_every_alignment(dtype: torch.dtype, rows: int, vocab: int) -> None:
+    """Rows that start off a 16-byte boundary; the target in the head, body and tail; out aligned otherwise."""
+    for offset in (0, 1, 7):
+        storage = torch.randn(offset + 2 * rows * vocab).to(dtype)
+        logits = storage[offset : offset + rows * vocab].view(1, rows, vocab)
+        targets = torch.randint(0, vocab, (rows,))
+        targets[:2] = torch.tensor([0, vocab - 1])
+        logits[0, 0, 0] = 9  # is_top1 in the head
+        if rows > 2:
+            targets[2] = -1
+        elsewhere = torch.empty(3 + rows * vocab, dtype=dtype)[3:].view(1, rows, vocab)
+        check(logits, targets, Transform(), elsewhere)
+        check(logits, targets, Transform(), logits)  # overwrites the logits: last
+
+
+@pytest.mark.parametrize("transform", [Transform(0.0625), Transform(1.0, 30.0, 0.7), Transform(-1.0), Transform(0.0)])
+def test_transforms(transform: Transform) -> None:
+    logits = torch.randn(2, 5, 1003) * 20
+    targets = torch.randint(0, 1003, (10,))
+    targets[:2] = torch.tensor([-1, 0])
+    check(logits, targets, transform)
+
+
+def test_ties_and_extremes() -> None:
+    """The first maximum is the top 1; logits of 1e4 and -inf, whose p log p is 0."""
+    logits = torch.randn(1, 8, 5001).clamp(max=3)
+    targets = torch.full((8,), 2500)
+    logits[0, :4, 2500] = 5
+    logits[0, 1, 2499] = 5  # earlier, in the target's block
+    logits[0, 2, 3] = 5  # earlier, in another block
+    logits[0, 3, 2501] = 5  # later: does not count
+    logits[0, 4] *= 1e4
+    logits[0, 5, :4000] = -torch.inf
+    logits[0, 6, :] = -1e4
+    logits[0, 7, 17] = 1e4
+    targets[5] = 4500
+    assert gpu.row_forward(logits, targets, Transform(), ("is_top1",))[2].tolist()[:4] == [True, False, False, True]
+    check(logits, targets, Transform())
+    few = logits[:, 1:3]  # two rows are split
+    assert not gpu.row_forward(few, targets[1:3], Transform(), ("is_top1",))[2].any()
+
+
+def test_saturated_softcap() -> None:
+    logits = torch.tensor([1e4, -1e4, 1e-3, 0.0, 500.0]).repeat(1, 8, 400)
+    check(logits, torch.arange(8), Transform(1.0, 30.0, 1.0))
+
+
+def test_targets_in_a_window() -> None:
+    """A window's gradients are the columns of the whole, whichever program or edge holds the target."""
+    logits, targets = (
+        torch.randn(1, 12, 3001),
+        torch.tensor([0, 999, 1000, 1001, 1003, 1500, 2000, 2500, 2801, 2802, -1, 7]),
+    )
+    logps, lse = gpu.row_forward(logits, targets, Transform(), ())
+    g = torch.randn(12)
+    whole, window = torch.empty_like(logits), torch.empty(1, 12, 1802)
+    gpu.row_backward(logits, targets, logps, lse, None, g, None, Transform(), 0, whole)
+    gpu.row_backward(logits[..., 1000:2802], targets, logps, lse, None, g, None, Transform(), 1000, window)
+    assert torch.equal(window, whole[..., 1000:2802])
+
+
+@pytest.fixture
+def moved(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
+    """Bytes that the kernels load and store, counted in the interpreter."""
+    count = {"load": 0, "store": 0}
+
+    def counted(name: str, kind: str, value: int | None, mask: int | None) -> None:
+        original = getattr(InterpreterBuilder, name)
+
+        def wrapper(self: Any, *args: Any) -> Any:
+            result = original(self, *args)
+            # A plain load or store calls the masked one
+            if mask is not None:
+                item = (result if value is None else args[value]).data.itemsize
+                count[kind] += int(args[mask].data.sum()) * item
+            return result
+
+        monkeypatch.setattr(InterpreterBuilder, name, wrapper)
+
+    counted("create_masked_load", "load", None, 1)
+    counted("create_masked_store", "store", 1, 2)
+    return count
+
+
+@pytest.mark.parametrize("rows", [2, 9], ids=["split", "whole"])
+def test_bytes_moved(moved: dict[str, int], rows: int) -> None:
+    """Each logit is read once forward; read once and written once backward; an ignored row is not read."""
+    vocab = 20011
+    logits, targets = torch.randn(1, rows, vocab).half(), torch.randint(0, vocab, (rows,))
+    results = gpu.row_forward(logits, targets, Transform(), STATS)
+    assert 2 * rows * vocab <= moved["load"] <= 2.02 * rows * vocab
+    moved.update(load=0, store=0)
+    g = torch.ones(rows)
+    gpu.row_backward(logits, targets, *results[:3], g, g, Transform(), 0, logits)
+    assert moved["store"] == 2 * rows * vocab
+    assert 2 * rows * vocab <= moved["load"] <= 2.02 * rows * vocab
+
+    ignored = torch.full_like(targets, -1)
+    moved.update(load=0, store=0)
+    results = gpu.row_forward(logits, ignored, Transform(), STATS)
+    gpu.row_backward(logits, ignored, *results[:3], g, g, Transform(), 0, logits)
+    assert moved["load"] < 1000
+    assert moved["store"] <= 2.02 * rows * vocab
+    assert not logits.any()
+    assert not any(r.any() for r in results)
+
+
+def test_grid_covers_every_column_once() -> None:
+    """launch.py's cuts: no column is left, whatever the vocabulary and the number of rows."""
+    from fastdpo.gpu import launch
+
+    for rows, vocab in itertools.product((1, 3, 8, 1000), (1, 2047, 2048, 2049, 50257, 262144)):
+        logits = torch.empty(1, 1, vocab, dtype=torch.float16).expand(1, rows, vocab)
+        for plan in (launch.forward_plan(logits, rows), launch.backward_plan(logits, logits, rows)):
+            assert plan.span % plan.shape["BLOCK"] == 0
+            assert plan.span * plan.programs >= vocab > plan.span * (plan.programs - 1)
