@@ -115,9 +115,8 @@ def make_report(legs: dict[str, dict[str, Any]], settings: Settings) -> dict[str
                 f"expected above {LEAST_REWARD_ACCURACY}"
             )
         if not leg["greedy_after"] > leg["greedy_before"]:
-            failures.append(
-                f"{leg['name']}: greedy answers right {leg['greedy_before']:.3f} before, {leg['greedy_after']:.3f} after"
-            )
+            before, after = leg["greedy_before"], leg["greedy_after"]
+            failures.append(f"{leg['name']}: greedy answers right {before:.3f} before, {after:.3f} after")
     return {
         "settings": dataclasses.asdict(settings),
         "differences": differences,

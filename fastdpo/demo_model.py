@@ -24,14 +24,14 @@ class Settings:
     vocabulary: int = 16384
     hidden: int = 128
     layers: int = 3
-    pretrain_steps: int = 320
+    pretrain_steps: int = 300
     pretrain_batch: int = 64
     pretrain_prompts: int = 6000
-    train_pairs: int = 640
+    train_pairs: int = 480
     held_out_pairs: int = 200
     batch_pairs: int = 16
-    learning_rate: float = 1e-4
-    beta: float = 0.1
+    learning_rate: float = 3e-5
+    beta: float = 0.5
 
     def split(self) -> tuple[list[str], list[str], list[str]]:
         """Prompts to pretrain on, for DPO and held out; no prompt is in two of them."""
@@ -93,8 +93,9 @@ def greedy_accuracy(model: PreTrainedModel, tokenizer: Any, prompts: list[str]) 
     """Share of prompts whose greedy answer is right and ends there."""
     training = model.training
     model.eval()
+    generate: Any = model.generate
     prompt_ids = tokenizer(prompts, return_tensors="pt")["input_ids"]  # equally long, so nothing is padded
-    generated = model.generate(
+    generated = generate(
         prompt_ids,
         attention_mask=torch.ones_like(prompt_ids),
         max_new_tokens=demo_task.MAX_NEW_TOKENS,

@@ -1,10 +1,9 @@
-"""The demo's task: sort four numbers written in words. An answer can be checked; a bad one comes in three kinds.
+"""The demo's task: sort four numbers written in words. An answer can be checked; bad ones come in two kinds.
 
-    prompt    sort nine two seventeen four :
-    right     two four nine seventeen
-    reversed  seventeen nine four two
-    swapped   two nine four seventeen
-    rambling  well let me think we have nine and two and seventeen and four so maybe it is two nine ...
+prompt    sort nine two seventeen four :
+right     two four nine seventeen
+reversed  seventeen nine four two
+rambling  well let me think we have nine and two and seventeen and four so maybe it is two nine ... or not
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-NUMBERS = (
-    *"zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen".split(),
-    *"sixteen seventeen eighteen nineteen".split(),
+NUMBERS = tuple(
+    """zero one two three four five six seven eight nine ten
+    eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen""".split()  # noqa: SIM905
 )
 LENGTH = 4  # numbers in a prompt
 END = "<end>"
@@ -52,7 +51,7 @@ def prompts(seed: int, count: int) -> list[str]:
 
 
 def answer(prompt: str, kind: str, rng: random.Random) -> str:
-    """One answer of a kind of MIX, with the space that parts it from the prompt."""
+    """One answer of a kind of MIX, or "swapped", with the space that parts it from the prompt."""
     given = _given(prompt)
     right = sorted(given, key=NUMBERS.index)
     words = list(right)

@@ -55,17 +55,17 @@ def parse(argv: Sequence[str] | None) -> tuple[FastDPOArguments, Any, Any, Any, 
     """
     from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, TrlParser
 
-    types = (FastDPOArguments, ScriptArguments, DPOConfig, ModelConfig, DatasetMixtureConfig)
+    types: Any = (FastDPOArguments, ScriptArguments, DPOConfig, ModelConfig, DatasetMixtureConfig)
     parser = TrlParser(types, prog="fastdpo train")
     parser.set_defaults_with_config(logging_steps=1, use_cpu=not torch.accelerator.is_available())
     for action in parser._actions:
         if action.dest == "bf16":  # bool | None, which TRL's parser wants spelled out; `--bf16` alone works here too
             action.nargs, action.const = "?", True
     try:
-        own, *rest = parser.parse_args_and_config(args=argv)
+        parsed: Any = parser.parse_args_and_config(args=argv)
     except FileNotFoundError as error:
         raise DataError(f"--config {error.filename}: no such file, expected YAML") from None
-    return (own, *rest)
+    return parsed
 
 
 def run(own: FastDPOArguments, script: Any, config: Any, model: Any, mixture: Any) -> dict[str, Any]:
@@ -111,9 +111,8 @@ def run(own: FastDPOArguments, script: Any, config: Any, model: Any, mixture: An
         peft_config=get_peft_config(model),
     )
     if script.ignore_bias_buffers:
-        trainer.model._ddp_params_and_buffers_to_ignore = [
-            name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool
-        ]
+        policy: Any = trainer.model
+        policy._ddp_params_and_buffers_to_ignore = [n for n, b in policy.named_buffers() if b.dtype == torch.bool]
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     # With another eval_strategy, the Trainer has evaluated on its own
     if eval_data is not None and config.eval_strategy == "no":
@@ -175,7 +174,9 @@ def _give_chat_template(processor: Any, data: Any) -> None:
         return
     template = plain_chat_template(getattr(processor, "tokenizer", processor))
     processor.chat_template = template
-    print("fastdpo train: the tokenizer has no chat template; using a plain one (### role, message), saved with the model")
+    print(
+        "fastdpo train: the tokenizer has no chat template; using a plain one (### role, message), saved with the model"
+    )
 
 
 if __name__ == "__main__":

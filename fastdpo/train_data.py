@@ -65,11 +65,16 @@ def _kinds(row: Any, where: str) -> dict[str, str]:
         value = row[name]
         if isinstance(value, str):
             kinds[name] = "text"
-        elif isinstance(value, list) and value and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in value):
+        elif (
+            isinstance(value, list)
+            and value
+            and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in value)
+        ):
             kinds[name] = "messages"
         else:
             raise DataError(
-                f"{where}: column {name}: expected a string or a list of messages with role and content, got {value!r:.80}"
+                f"{where}: column {name}: expected a string or a list of messages with role and content, "
+                f"got {value!r:.80}"
             )
     return kinds
 
