@@ -1,6 +1,6 @@
 """The kernels in plain PyTorch: readable specification, fallback, and the tests' oracle.
 
-Every backend has these four functions with these signatures (backend.py). Symbols: z the transformed logits of a
+Every backend has these functions with these signatures (backend.py). Symbols: z the transformed logits of a
 row, y its target, p = softmax(z), lse = logsumexp(z).
 """
 
@@ -112,6 +112,47 @@ def _row_blocks(targets: Tensor, vocab: int) -> tuple[Tensor, ...]:
     """The indices of the rows that count, in blocks of about _BLOCK_ELEMENTS logits."""
     counted = (targets >= 0).nonzero().squeeze(1)
     return counted.split(max(1, _BLOCK_ELEMENTS // max(1, vocab))) if len(counted) else ()
+
+
+def column_mass(logits: Tensor, lse: Tensor, transform: Transform) -> Tensor:
+    """logits `[n, V]`, lse `[n]` -> the probability that each column holds over the rows, `[V]`."""
+    mass = lse.new_zeros(logits.shape[1])
+    for block, block_lse in zip(logits.split(64), lse.split(64), strict=True):
+        mass += (_transformed(block, transform)[0] - block_lse[:, None]).exp().sum(0)
+    return mass
+
+
+def column_probs(logits: Tensor, lse: Tensor, columns: Tensor, transform: Transform) -> Tensor:
+    """logits `[n, V]`, lse `[n]`, columns int32 `[k]` -> softmax of those columns, `[k, n]` in logits' dtype."""
+    z, _ = _transformed(logits[:, columns], transform)
+    return (z - lse[:, None]).exp().t().to(logits.dtype, memory_format=torch.contiguous_format)
+
+
+def compact_gradient(
+    probs: Tensor,  # [k, n]
+    columns: Tensor,  # int32 [k], ascending: the columns of probs
+    targets: Tensor,  # int64 [n]; one not among columns has no one-hot here
+    logps: Tensor,  # [n]
+    lse: Tensor,  # [n]
+    grad_logps: Tensor,  # [n]
+    transform: Transform,
+) -> Tensor:
+    """d(sum grad_logps*logps) / d(raw logits[:, columns]), transposed: `[k, n]` in the dtype of probs."""
+    p = probs.to(_result_dtype(probs.dtype))
+    # d(logp)/dz_j = 1[j = y] - p_j
+    grad = -grad_logps * p
+    slot = torch.searchsorted(columns, targets.to(columns.dtype)).clamp(max=len(columns) - 1)
+    here = (columns[slot] == targets).nonzero().squeeze(1) if len(columns) else slot[:0]
+    # the target's own probability from the saved logp, which is exact
+    grad[slot[here], here] = (grad_logps * (1 - logps.exp()))[here]
+    slope = transform.logit_scale / transform.temperature
+    if transform.softcap is None:
+        return (grad * slope).to(probs.dtype)
+    # tanh from z = log p + lse; where p rounded to 0 its gradient is 0 whatever the slope
+    z = p.log() + lse
+    z[slot[here], here] = (logps + lse)[here]
+    t = (z * (transform.temperature / transform.softcap)).clamp(-1, 1)
+    return (grad * slope * (1 - t * t)).to(probs.dtype)
 
 
 def sequence_sums(values: Tensor, bounds: Tensor) -> Tensor:

@@ -110,10 +110,12 @@ def linear_token_logps(
             autocast's dtype under autocast, else in hidden's; each gradient has the dtype of its input.
         labels: int64 or int32 `[...]`, hidden's shape without H.
         bias: `[V]` or None.
-        grad_tol: probability per token that the gradient may leave out, at most. The gradient is exact today, which
-            keeps any bound.
-        workspace_mb: MiB that the logits tile may take. Logits that fit whole are kept for the backward, which
-            spares computing them twice.
+        grad_tol: probability per token, on average over a tile, that the gradient may leave out: the backward runs on
+            the vocabulary columns that hold the rest (fastdpo/compaction.py, which states the bound), a few percent
+            of them on real text. 0: exact. "auto": 2^-10 for bf16 and fp16 products, 0 for float32. The gradient of
+            `entropy` is always exact, and so is torch.compile's.
+        workspace_mb: MiB that the logits tile may take. In exact mode, logits that fit whole are kept for the
+            backward, which spares computing them twice.
         ignore_index, shift, temperature, softcap, logit_scale, stats, backend: as for `token_logps`.
 
     Raises:
@@ -157,9 +159,11 @@ class TokenLogpsFunction(Function):
         if not ctx.needs_input_grad[0] or (grad_logps is None and grad_entropy is None):
             return None, None, None
         rows, targets, logps, lse, entropy = ctx.saved_tensors
-        return _logits_gradient(
-            ctx.options, rows, (targets, logps, lse, entropy, grad_logps, grad_entropy), ctx.shape
-        ), None, None
+        return (
+            _logits_gradient(ctx.options, rows, (targets, logps, lse, entropy, grad_logps, grad_entropy), ctx.shape),
+            None,
+            None,
+        )
 
 
 class LinearTokenLogpsFunction(Function):
@@ -182,17 +186,23 @@ class LinearTokenLogpsFunction(Function):
         dtype = product_dtype(hidden)
         flat = hidden.reshape(-1, hidden.shape[-1])
         kernel_stats = _kernel_stats(options)
-        # In-place work on a kept tile is not for torch.compile: there the backward recomputes
-        keep = any(ctx.needs_input_grad) and not torch.compiler.is_compiling()
-        sizes = (dtype, options.workspace_mb)
-        *results, tile = torch.ops.fastdpo.linear_forward(
-            flat, weight, bias, targets, *options.transform, kernel_stats, *sizes, keep, options.backend
-        )
+        ctx.saved = None
+        if torch.compiler.is_compiling():
+            results = torch.ops.fastdpo.linear_forward(
+                *(flat, weight, bias, targets, *options.transform, kernel_stats),
+                *(dtype, options.workspace_mb, options.backend),
+            )
+        else:
+            head = _head(options, weight, bias, dtype, hidden.device)
+            with torch.autocast(hidden.device.type, enabled=False):
+                results, ctx.saved = tiles.forward(
+                    head, flat, targets, tuple(kernel_stats), keep=any(ctx.needs_input_grad)
+                )
         by_name = dict(zip(("logps", "lse", *kernel_stats), results, strict=True))
+        if ctx.saved is not None and "dropped_mass" in options.stats:
+            by_name["dropped_mass"] = tiles.dropped_mass(ctx.saved, targets)
         ctx.save_for_backward(flat, weight, bias, targets, by_name["logps"], by_name["lse"], by_name.get("entropy"))
         ctx.options, ctx.shape, ctx.dtype = options, hidden.shape, dtype
-        # Not saved_tensors: the backward overwrites it, and a second backward (retain_graph) then recomputes
-        ctx.tile = tile if keep else None
         return _outputs(ctx, by_name, labels.shape, options)
 
     @staticmethod
@@ -204,17 +214,18 @@ class LinearTokenLogpsFunction(Function):
         hidden, weight, bias, *rows = ctx.saved_tensors
         row_grads = tiles.RowGrads(*rows, grad_logps, grad_entropy)
         options, needs = ctx.options, _linear_needs(ctx.needs_input_grad, bias)
-        tile, ctx.tile = ctx.tile, None
-        if tile is None or len(tile) == 0:
+        if torch.compiler.is_compiling():
             dx, dw, db = torch.ops.fastdpo.linear_backward(
                 *(hidden, weight, bias, *row_grads, *options.transform),
                 *(ctx.dtype, options.workspace_mb, needs, options.backend),
             )
         else:
-            kernels = choose(options.backend, hidden.device, ctx.dtype)
-            head = tiles.Head(weight, bias, options.transform, ctx.dtype, options.workspace_mb, kernels)
+            saved = ctx.saved
+            if saved is not None and saved.logits is not None:
+                ctx.saved = None  # overwritten below: a second backward (retain_graph) computes them again
+            head = _head(options, weight, bias, ctx.dtype, hidden.device)
             with torch.autocast(hidden.device.type, enabled=False):
-                dx, dw, db = tiles.backward(head, hidden, row_grads, tile, tuple(needs))
+                dx, dw, db = tiles.backward(head, hidden, row_grads, saved, tuple(needs))
         dx = dx.view(ctx.shape) if needs[0] else None
         return dx, dw if needs[1] else None, None, db if needs[2] else None, None
 
@@ -261,7 +272,9 @@ def check_linear(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | 
             f"got shape {list(hidden.shape)}"
         )
     if labels.shape != hidden.shape[:-1]:
-        raise ValueError(f"labels: expected hidden's shape without H, {list(hidden.shape[:-1])}, got {list(labels.shape)}")
+        raise ValueError(
+            f"labels: expected hidden's shape without H, {list(hidden.shape[:-1])}, got {list(labels.shape)}"
+        )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: expected [V] = [{weight.shape[0]}], got shape {list(bias.shape)}")
 
@@ -274,12 +287,24 @@ def product_dtype(hidden: Tensor) -> torch.dtype:
     return hidden.dtype
 
 
+def _head(
+    options: HeadOptions, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device
+) -> tiles.Head:
+    grad_tol = options.grad_tol
+    if grad_tol is None:  # "auto": below the rounding of the dtype
+        grad_tol = 2.0**-10 if dtype in (torch.bfloat16, torch.float16) else 0.0
+    kernels = choose(options.backend, device, dtype)
+    return tiles.Head(weight, bias, options.transform, dtype, grad_tol, options.workspace_mb, kernels)
+
+
 def _linear_needs(needs_input_grad: tuple[bool, ...], bias: Tensor | None) -> list[bool]:
     """Which of hidden, weight, bias need a gradient; apply() may have been called without the bias."""
     return [needs_input_grad[0], needs_input_grad[1], bias is not None and needs_input_grad[3]]
 
 
-def _logits_gradient(options: HeadOptions, rows: Tensor, row_grads: tuple[Tensor | None, ...], shape: torch.Size) -> Tensor:
+def _logits_gradient(
+    options: HeadOptions, rows: Tensor, row_grads: tuple[Tensor | None, ...], shape: torch.Size
+) -> Tensor:
     if options.inplace_backward and not torch.compiler.is_compiling():
         torch.ops.fastdpo.row_backward_(rows, *row_grads, *options.transform, options.backend)
         return rows.view(shape)
@@ -300,8 +325,8 @@ def _outputs(ctx: Any, by_name: dict[str, Tensor], shape: torch.Size, options: H
         return logps
     outputs = [logps]
     for name in options.stats:
-        value = torch.zeros_like(logps) if name == "dropped_mass" else by_name[name].view(shape)
-        outputs.append(value)
+        value = by_name.get(name)  # dropped_mass is not there where the path is exact
+        outputs.append(torch.zeros_like(logps) if value is None else value.view(shape))
     ctx.mark_non_differentiable(
         *(out for name, out in zip(options.stats, outputs[1:], strict=True) if name not in _DIFFERENTIABLE)
     )

@@ -91,28 +91,29 @@ def _(logits, targets, logps, lse, entropy, grad_logps, grad_entropy, logit_scal
 # --- from hidden states ----------------------------------------------------------------------------------------------
 
 
+# For torch.compile alone: exact, and the backward computes the logits again. Eagerly, head.py calls tiles.py directly,
+# which may keep logits or compact probabilities, of sizes that a traced graph could not know.
+
+
 @torch.library.custom_op(
     "fastdpo::linear_forward",
     mutates_args=(),
     schema=(
         f"(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, {_TRANSFORM}, str[] stats, "
-        "ScalarType dtype, float workspace_mb, bool keep_tile, str backend) -> Tensor[]"
+        "ScalarType dtype, float workspace_mb, str backend) -> Tensor[]"
     ),
 )
-def linear_forward(  # type: ignore[no-untyped-def]
-    hidden, weight, bias, targets, logit_scale, softcap, temperature, stats, dtype, workspace_mb, keep_tile, backend
-):
+def linear_forward(hidden, weight, bias, targets, *rest):  # type: ignore[no-untyped-def]
+    *transform, stats, dtype, workspace_mb, backend = rest
     kernels = choose(backend, hidden.device, dtype)
-    head = tiles.Head(weight, bias, Transform(logit_scale, softcap, temperature), dtype, workspace_mb, kernels)
-    return tiles.forward(head, hidden, targets, tuple(stats), keep_tile)
+    head = tiles.Head(weight, bias, Transform(*transform), dtype, 0.0, workspace_mb, kernels)
+    return tiles.forward(head, hidden, targets, tuple(stats), keep=False)[0]
 
 
 @linear_forward.register_fake
-def _(  # type: ignore[no-untyped-def]
-    hidden, weight, bias, targets, logit_scale, softcap, temperature, stats, dtype, workspace_mb, keep_tile, backend
-):
-    tile = hidden.new_empty(tiles.kept_tile_shape(targets, weight, dtype, workspace_mb, keep_tile), dtype=dtype)
-    return [*_empty_results(hidden, targets.shape[0], dtype, stats), tile]
+def _(hidden, weight, bias, targets, *rest):  # type: ignore[no-untyped-def]
+    *_, stats, dtype, _, _ = rest
+    return _empty_results(hidden, targets.shape[0], dtype, stats)
 
 
 @torch.library.custom_op(
@@ -126,7 +127,7 @@ def _(  # type: ignore[no-untyped-def]
 def linear_backward(hidden, weight, bias, targets, *rest):  # type: ignore[no-untyped-def]
     logps, lse, entropy, grad_logps, grad_entropy, *transform, dtype, workspace_mb, needs, backend = rest
     kernels = choose(backend, hidden.device, dtype)
-    head = tiles.Head(weight, bias, Transform(*transform), dtype, workspace_mb, kernels)
+    head = tiles.Head(weight, bias, Transform(*transform), dtype, 0.0, workspace_mb, kernels)
     rows = tiles.RowGrads(targets, logps, lse, entropy, grad_logps, grad_entropy)
     return tiles.backward(head, hidden, rows, None, tuple(needs))
 

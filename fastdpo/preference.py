@@ -159,9 +159,7 @@ class LinearDPOLoss(DPOLoss):
         cu_seqlens: Tensor | None = None,
     ) -> PreferenceOutput:
         """See `linear_dpo_loss`."""
-        return linear_dpo_loss(
-            hidden, weight, labels, ref_logps, bias=bias, cu_seqlens=cu_seqlens, **self.keywords
-        )
+        return linear_dpo_loss(hidden, weight, labels, ref_logps, bias=bias, cu_seqlens=cu_seqlens, **self.keywords)
 
 
 class DPOFunction(Function):
@@ -172,9 +170,7 @@ class DPOFunction(Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, ref_logps: Tensor | None = None, beta: float = 0.1
-    ) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, ref_logps: Tensor | None = None, beta: float = 0.1) -> Tensor:
         check_loss("sigmoid", LossOptions(beta))
         options = HeadOptions()
         rows = as_rows(logits, labels)
@@ -283,4 +279,6 @@ def _check_keywords(function: Any, keywords: dict[str, Any]) -> None:
     known = set(function.__kwdefaults__) - {"bias", "cu_seqlens"}
     unknown = sorted(set(keywords) - known)
     if unknown:
-        raise TypeError(f"{unknown[0]}: not a keyword of {function.__name__}; expected some of {', '.join(sorted(known))}")
+        raise TypeError(
+            f"{unknown[0]}: not a keyword of {function.__name__}; expected some of {', '.join(sorted(known))}"
+        )

@@ -18,4 +18,6 @@ def assert_close(result: Tensor, truth: Tensor, yardstick: Tensor, factor: float
     error = (result.double() - truth).abs().max().item() if truth.numel() else 0.0
     allowed = (yardstick.double() - truth).abs().max().item() if truth.numel() else 0.0
     scale = max(unit, truth.abs().max().item()) if truth.numel() else 0.0
-    assert error <= factor * allowed + 2e-6 * scale, f"error {error:.3g}, plain PyTorch's {allowed:.3g}, scale {scale:.3g}"
+    assert error <= factor * allowed + 2e-6 * scale, (
+        f"error {error:.3g}, plain PyTorch's {allowed:.3g}, scale {scale:.3g}"
+    )

@@ -35,9 +35,7 @@ def test_float64_is_eager() -> None:
 
 
 def test_triton_on_a_cpu_raises() -> None:
-    done = run(
-        "import torch, fastdpo; fastdpo.token_logps(torch.randn(1, 3), torch.zeros(1).long(), backend='triton')"
-    )
+    done = run("import torch, fastdpo; fastdpo.token_logps(torch.randn(1, 3), torch.zeros(1).long(), backend='triton')")
     assert done.returncode != 0
     assert "RuntimeError: backend='triton' cannot run: its tensors must be on a GPU" in done.stderr
 

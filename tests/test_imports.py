@@ -21,7 +21,9 @@ def test_the_package_called_kernels_is_not_shadowed(tmp_path: Path) -> None:
     """From the repository's root, `import kernels` finds an installed package of that name, not our folder."""
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("stand_in = 'of PyPI'")
-    code = f"import sys; sys.path[:0] = ['']; sys.path.append({str(tmp_path)!r}); import kernels; print(kernels.stand_in)"
+    code = (
+        f"import sys; sys.path[:0] = ['']; sys.path.append({str(tmp_path)!r}); import kernels; print(kernels.stand_in)"
+    )
     assert run(code) == "of PyPI"
 
 

@@ -60,9 +60,7 @@ def test_row_forward(backend: str, dtype: torch.dtype, vocab: int, transform: Tr
 @pytest.mark.parametrize("vocab", VOCABS)
 @pytest.mark.parametrize("transform", [PLAIN, GEMMA, GRANITE], ids=["plain", "softcap", "scale"])
 @pytest.mark.parametrize("with_entropy", [False, True], ids=["logps", "logps+entropy"])
-def test_row_backward(
-    backend: str, dtype: torch.dtype, vocab: int, transform: Transform, with_entropy: bool
-) -> None:
+def test_row_backward(backend: str, dtype: torch.dtype, vocab: int, transform: Transform, with_entropy: bool) -> None:
     kernels = kernels_for(backend, dtype)
     logits, targets = batch(vocab, dtype)
     logps, lse, entropy = eager.row_forward(logits.double(), targets, transform, ("entropy",))

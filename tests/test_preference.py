@@ -202,10 +202,16 @@ PACKED = dict(logits=torch.randn(12, 7), labels=torch.zeros(12, dtype=torch.int6
         (dict(loss_type="hinge", label_smoothing=0.1), "label_smoothing: loss 'hinge' does not use it"),
         (dict(label_smoothing=0.5), r"label_smoothing: expected a number in \[0, 0.5\), got 0.5"),
         (dict(beta=0.0), "beta: expected a finite number above 0, got 0.0"),
-        (PACKED | dict(cu_seqlens=torch.tensor([0, 4, 11])), "cu_seqlens: expected to start at 0 and end at N=12, got 0 and 11"),
+        (
+            PACKED | dict(cu_seqlens=torch.tensor([0, 4, 11])),
+            "cu_seqlens: expected to start at 0 and end at N=12, got 0 and 11",
+        ),
         (PACKED | dict(cu_seqlens=torch.tensor([1, 4, 12])), "cu_seqlens: expected to start at 0"),
         (PACKED | dict(cu_seqlens=torch.tensor([0, 8, 4, 8, 12])), "cu_seqlens: expected values that never fall"),
-        (PACKED | dict(cu_seqlens=torch.tensor([0, 4, 8, 12])), "cu_seqlens: a pair batch needs an even number .* got 3"),
+        (
+            PACKED | dict(cu_seqlens=torch.tensor([0, 4, 8, 12])),
+            "cu_seqlens: a pair batch needs an even number .* got 3",
+        ),
         (dict(cu_seqlens=torch.tensor([0, 4, 12])), r"labels: expected packed \[N\]"),
         (dict(labels=torch.zeros(12).long(), logits=torch.randn(12, 7)), r"labels: expected \[2B, T\]"),
     ],

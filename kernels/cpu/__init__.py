@@ -7,9 +7,24 @@ import functools
 import torch
 from torch import Tensor
 
+from fastdpo.compaction import Compact
+from fastdpo.eager import column_mass, column_probs
 from fastdpo.options import Transform
 
 from .build import BuildError, library
+
+__all__ = [
+    "column_mass",
+    "column_probs",
+    "compact_gradient",
+    "pair_sigmoid",
+    "row_backward",
+    "row_forward",
+    "sequence_sums",
+    "stream_tile",
+    "streams",
+    "unavailable",
+]
 
 # What the C++ returns beside logps and lse, in its order
 _STATS = ("entropy", "mean_logits", "log_sum_sq_probs", "is_top1")
@@ -26,7 +41,11 @@ def unavailable() -> str | None:
 
 
 def row_forward(logits: Tensor, targets: Tensor, transform: Transform, stats: tuple[str, ...]) -> list[Tensor]:
-    logps, lse, *rest = torch.ops.fastdpo_cpu.row_forward(logits, targets, *transform, bool(stats))
+    return _ordered(torch.ops.fastdpo_cpu.row_forward(logits, targets, *transform, bool(stats)), stats)
+
+
+def _ordered(results: list[Tensor], stats: tuple[str, ...]) -> list[Tensor]:
+    logps, lse, *rest = results
     by_name = dict(zip(_STATS, rest, strict=False))
     return [logps, lse, *(by_name[name] for name in stats)]
 
@@ -45,6 +64,48 @@ def row_backward(
 ) -> None:
     torch.ops.fastdpo_cpu.row_backward(
         logits, targets, logps, lse, entropy, grad_logps, grad_entropy, *transform, vocab_start, out
+    )
+
+
+@functools.cache
+def streams() -> bool:
+    """Whether `stream_tile` runs on this CPU: it needs bf16 products (AVX512-BF16 or AMX)."""
+    return torch.ops.fastdpo_cpu.streams()
+
+
+def stream_tile(
+    hidden: Tensor,  # bf16 [n, H], H even
+    weight: Tensor,  # bf16 or float32 [V, H], dense rows
+    bias: Tensor | None,  # [V]
+    targets: Tensor,  # int64 [n], all in [0, V)
+    transform: Transform,
+    stats: tuple[str, ...],
+    grad_tol: float,
+) -> tuple[list[Tensor], Compact | None]:
+    """row_forward's results straight from hidden states (float32 logits, never as a whole); and the kept columns.
+
+    None in their place where grad_tol is 0 or the softmax is not sparse enough.
+    """
+    bias = None if bias is None else bias.float().contiguous()
+    out = torch.ops.fastdpo_cpu.stream_forward(
+        hidden.contiguous(), weight, bias, targets, *transform, bool(stats), grad_tol
+    )
+    *results, columns, probs, dropped, mean_row = out
+    compact = Compact(columns, probs, dropped, mean_row) if len(columns) else None
+    return _ordered(results, stats), compact
+
+
+def compact_gradient(
+    probs: Tensor,
+    columns: Tensor,
+    targets: Tensor,
+    logps: Tensor,
+    lse: Tensor,
+    grad_logps: Tensor,
+    transform: Transform,
+) -> Tensor:
+    return torch.ops.fastdpo_cpu.compact_gradient(
+        probs.contiguous(), columns, targets, logps, lse, grad_logps, *transform
     )
 
 

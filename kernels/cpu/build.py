@@ -19,8 +19,15 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
-SOURCES = ("row_forward.cpp", "row_backward.cpp", "sequences.cpp", "bindings.cpp")
-HEADERS = ("kernels.h", "simd.h", "transform.h")
+SOURCES = (
+    "row_forward.cpp",
+    "row_backward.cpp",
+    "stream.cpp",
+    "compact_gradient.cpp",
+    "sequences.cpp",
+    "bindings.cpp",
+)
+HEADERS = ("kernels.h", "simd.h", "stream.h", "transform.h")
 
 
 class BuildError(RuntimeError):

@@ -48,6 +48,18 @@ void row_backward(
     int64_t vocab_start,
     const Rows& out);
 
+// probs [k, n] of the ascending columns -> out [k, n], the gradient of those logits, transposed
+void compact_gradient(
+    c10::ScalarType,
+    const void* probs,
+    int64_t k,
+    int64_t n,
+    const int32_t* columns,
+    const int64_t* targets,
+    const RowGrads&,
+    const Transform&,
+    void* out);
+
 void sequence_sums(const float* values, const int64_t* bounds, int64_t sequences, float* sums);
 
 void pair_sigmoid(

@@ -1,0 +1,49 @@
+"""Alternating timings of several contenders: both sides in one run, medians; a wrong result is never timed."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def check(name: str, result: Tensor, truth: Tensor, tolerance: float) -> None:
+    """Raise AssertionError for a result off by more than `tolerance` (relative Frobenius norm)."""
+    error = ((result.double() - truth.double()).norm() / truth.double().norm()).item()
+    if not error <= tolerance:
+        raise AssertionError(f"{name}: relative error {error:.2e} above {tolerance:.0e}; its time is not reported")
+
+
+def alternate(
+    contenders: dict[str, Callable[[], object]],
+    rounds: int,
+    warmup: int = 1,
+    before: dict[str, Callable[[], object]] | None = None,
+) -> dict[str, float]:
+    """Median seconds of each contender; every round runs each once, in turn. `before` runs off the clock."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(warmup + rounds):
+        for name, call in contenders.items():
+            if before and name in before:
+                before[name]()
+            start = time.perf_counter()
+            call()
+            if turn >= warmup:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def machine() -> str:
+    """One line: what the figures were taken on."""
+    cpu = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as lines:
+            cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{cpu}, {torch.get_num_threads()} threads, {capability}, torch {torch.__version__}"

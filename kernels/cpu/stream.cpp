@@ -1,0 +1,434 @@
+// z = hidden @ weight.T streamed over the vocabulary; row results; and the columns that hold the probability.
+//
+// The product is taken as z.T: 32 rows of weight (dense, as they lie) times the packed tile, [32, n] float32, which
+// stays in cache. SIMD runs over tokens, so no sum crosses lanes: per token a bound m <= lse (base 2), s = sum 2^(x-m)
+// and the statistics.
+//
+// A column that nowhere reaches 2^(x-m) > eps nowhere has p > eps, since m <= lse: it is dropped at once, and only its
+// mass is noted. The others are candidates: their x is kept (a few percent of V), and once lse is known those of least
+// mass are dropped too, up to the tolerance. The bound starts from the target and a probe of the first columns, and
+// rises from wave to wave.
+//
+// Chunks and waves are of fixed sizes and merge in order: results do not depend on the number of threads.
+
+#include "stream.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/native/CPUBlas.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <utility>
+
+#include "simd.h"
+#include "transform.h"
+
+namespace fastdpo {
+namespace {
+
+using c10::BFloat16;
+
+constexpr int64_t kRows = 32;  // rows of weight a product: [32, 256] float32 is 32 KB
+constexpr int64_t kChunk = 1024;  // rows of weight a task
+constexpr int64_t kProbe = 4;  // chunks that only raise the bound
+constexpr int64_t kWave = 32;  // chunks between two rises of the bound
+constexpr double kSlack = 256;  // eps = grad_tol / kSlack
+constexpr double kCandidates = 0.4;  // of V: with more the tile is dense, and the search ends (256 tokens: 105 MB)
+constexpr double kDense = 0.25;  // of V: keeping more would cost more than it saves
+constexpr float kOverflow = 60;  // x - m beyond this: m rises at once
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// Per token, over some columns; as Sums in row_forward.cpp. before/after: largest raw logit on either side of the target
+template <typename Real>
+struct TokenSums {
+  std::vector<Real> m, s, dropped, ex, ee, total, before, after;
+
+  TokenSums(int64_t n, Real bound)
+      : m(n, bound), s(n), dropped(n), ex(n), ee(n), total(n), before(n, -kInfinity), after(n, -kInfinity) {}
+
+  void raise(int64_t i, Real to) {
+    const Real delta = to - m[i], f = std::exp2(-delta);
+    ex[i] = s[i] == 0 ? 0 : f * (ex[i] - delta * s[i]);
+    s[i] *= f;
+    dropped[i] *= f;
+    ee[i] *= f * f;
+    m[i] = to;
+  }
+};
+
+struct Chunk {
+  TokenSums<float> sums;
+  std::vector<int32_t> columns;  // candidates
+  std::vector<float> x;  // [candidates, padded n]
+  std::vector<double> row_sum;  // [H] sum of mass * weight[v] over dropped columns
+  double row_mass = 0;
+
+  Chunk(int64_t padded, int64_t width) : sums(padded, 0), row_sum(width) {}
+};
+
+struct Scratch {
+  std::vector<float> logits;  // [32, padded n]
+  std::vector<BFloat16> weight;  // [32, H], where weight is float32
+};
+
+struct Target {
+  int64_t column, token;
+};
+
+struct Tile {
+  const StreamInputs& in;
+  int64_t padded;  // n, up to whole vectors
+  std::vector<BFloat16> packed;  // hidden.T in pairs of k: [H/2, padded, 2]
+  std::vector<Target> targets;  // by column
+  std::vector<float> bound;  // [padded]
+  // [n] of the target, from the same product as every other logit: x, and the raw logit (negated for a negative scale)
+  std::vector<float> target_x, target_raw;
+
+  explicit Tile(const StreamInputs& inputs) : in(inputs), padded((in.n + kLanes - 1) / kLanes * kLanes) {
+    packed.assign(in.width * padded, BFloat16(0));
+    at::parallel_for(0, in.width / 2, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k)
+        for (int64_t i = 0; i < in.n; ++i)
+          std::copy_n(in.hidden + i * in.width + 2 * k, 2, packed.data() + (k * padded + i) * 2);
+    });
+    for (int64_t i = 0; i < in.n; ++i)
+      targets.push_back({in.targets[i], i});
+    std::sort(targets.begin(), targets.end(), [](Target a, Target b) {
+      return a.column != b.column ? a.column < b.column : a.token < b.token;
+    });
+    bound.assign(padded, 200.f);  // a padding token: 2^(x - 200) is nothing
+    target_x.resize(in.n);
+    target_raw.resize(in.n);
+  }
+};
+
+template <typename W, bool kSoftcap, bool kStats>
+struct Streamer {
+  Tile& tile;
+  Base2<kSoftcap> base2;
+  float log2_eps;  // infinity: no candidates
+  double least_mass;  // below it a dropped row is left out of mean_row
+
+  Streamer(Tile& t, double grad_tol) : tile(t), base2(t.in.transform) {
+    log2_eps = grad_tol > 0 ? float(std::log2(grad_tol / kSlack)) : kInfinity;
+    least_mass = grad_tol * double(t.in.n) / double(t.in.vocab) / 16;
+  }
+
+  const W* weight(int64_t v) const {
+    return static_cast<const W*>(tile.in.weight) + v * tile.in.weight_stride;
+  }
+
+  float target_logit(int64_t i) const {
+    const auto& in = tile.in;
+    const BFloat16* x = in.hidden + i * in.width;
+    const W* w = weight(in.targets[i]);
+    float z = in.bias ? in.bias[in.targets[i]] : 0.f;
+    for (int64_t k = 0; k < in.width; ++k)
+      z += float(x[k]) * float(BFloat16(w[k]));
+    return z;
+  }
+
+  void chunk(int64_t first, int64_t last, bool collect, Scratch& scratch, Chunk& out) const {
+    const auto& in = tile.in;
+    std::copy(tile.bound.begin(), tile.bound.end(), out.sums.m.begin());
+    auto target = std::lower_bound(
+        tile.targets.cbegin(), tile.targets.cend(), first, [](Target t, int64_t v) { return t.column < v; });
+    scratch.logits.resize(kRows * tile.padded);
+    for (int64_t v0 = first; v0 < last; v0 += kRows) {
+      const int64_t rows = std::min(kRows, last - v0);
+      const BFloat16* block;
+      int64_t stride = in.weight_stride;
+      if constexpr (std::is_same_v<W, float>) {
+        stride = in.width;
+        scratch.weight.resize(kRows * stride);
+        for (int64_t r = 0; r < rows; ++r)
+          at::vec::convert(weight(v0 + r), scratch.weight.data() + r * stride, stride);
+        block = scratch.weight.data();
+      } else {
+        block = weight(v0);
+      }
+      at::native::cpublas::brgemm(
+          rows, tile.padded, in.width, stride, tile.padded, tile.padded, false, block, tile.packed.data(),
+          scratch.logits.data(), true);
+      for (int64_t r = 0; r < rows; ++r)
+        row(v0 + r, scratch.logits.data() + r * tile.padded, target, collect, out);
+    }
+  }
+
+  void row(int64_t v, float* x, std::vector<Target>::const_iterator& target, bool collect, Chunk& out) const {
+    const auto& in = tile.in;
+    auto& sums = out.sums;
+    const F bias(in.bias ? in.bias[v] : 0.f), factor(base2.factor), sign(base2.in < 0 ? -1.f : 1.f);
+    const auto firsts = target;
+    while (target != tile.targets.end() && target->column == v)
+      ++target;
+    if constexpr (kStats) {  // what came before this column came before its tokens' targets
+      for (auto t = firsts; t != target; ++t)
+        sums.before[t->token] = std::exchange(sums.after[t->token], -kInfinity);
+    }
+    F vtop(-kInfinity);
+    for (int64_t i = 0; i < tile.padded; i += kLanes) {
+      const F raw = F::loadu(x + i) + bias;
+      const F core = base2.core(raw);
+      const F above = at::vec::fmsub(core, factor, F::loadu(sums.m.data() + i));
+      above.store(x + i);
+      vtop = at::vec::maximum(vtop, above);
+      if constexpr (kStats) {
+        (F::loadu(sums.total.data() + i) + core).store(sums.total.data() + i);
+        at::vec::maximum(F::loadu(sums.after.data() + i), raw * sign).store(sums.after.data() + i);
+      }
+    }
+    const float top = max(vtop);
+    for (auto t = firsts; t != target; ++t) {
+      tile.target_x[t->token] = x[t->token] + sums.m[t->token];
+      if constexpr (kStats)  // alone in `after` until now; it belongs to neither side
+        tile.target_raw[t->token] = std::exchange(sums.after[t->token], -kInfinity);
+    }
+    if (top > kOverflow) {
+      for (int64_t i = 0; i < in.n; ++i) {
+        if (x[i] > kOverflow && std::isfinite(x[i])) {
+          sums.raise(i, sums.m[i] + x[i]);
+          x[i] = 0;
+        }
+      }
+    }
+    const bool candidate = collect && (top > log2_eps || firsts != target), drop = collect && !candidate;
+    F mass(0.f);
+    for (int64_t i = 0; i < tile.padded; i += kLanes) {
+      F above = F::loadu(x + i);
+      if constexpr (kStats)
+        above = at::vec::maximum(above, F(-200.f));
+      const F e = exp2(above);
+      (F::loadu(sums.s.data() + i) + e).store(sums.s.data() + i);
+      if constexpr (kStats) {
+        at::vec::fmadd(e, above, F::loadu(sums.ex.data() + i)).store(sums.ex.data() + i);
+        at::vec::fmadd(e, e, F::loadu(sums.ee.data() + i)).store(sums.ee.data() + i);
+      }
+      if (drop) {
+        (F::loadu(sums.dropped.data() + i) + e).store(sums.dropped.data() + i);
+        mass = mass + e;
+      }
+    }
+    if (candidate) {
+      out.columns.push_back(int32_t(v));
+      const size_t at = out.x.size();
+      out.x.resize(at + tile.padded);
+      for (int64_t i = 0; i < tile.padded; i += kLanes)
+        (F::loadu(x + i) + F::loadu(sums.m.data() + i)).store(out.x.data() + at + i);
+    } else if (drop) {
+      add_row(v, sum(mass), out);
+    }
+  }
+
+  void add_row(int64_t v, double mass, Chunk& out) const {
+    if (mass < least_mass)
+      return;
+    const W* w = weight(v);
+    for (int64_t k = 0; k < tile.in.width; ++k)
+      out.row_sum[k] += mass * float(w[k]);
+    out.row_mass += mass;
+  }
+};
+
+void merge(TokenSums<double>& all, const TokenSums<float>& part, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    if (part.m[i] > all.m[i])
+      all.raise(i, part.m[i]);
+    const double delta = all.m[i] - part.m[i], f = std::exp2(-delta);
+    all.ex[i] += f * (part.ex[i] - delta * part.s[i]);
+    all.s[i] += f * part.s[i];
+    all.dropped[i] += f * part.dropped[i];
+    all.ee[i] += f * f * part.ee[i];
+    all.total[i] += part.total[i];
+  }
+}
+
+// Choose among the candidates, lse2 [n] known: p of every candidate in place of its x, least mass dropped first
+template <typename S>
+void choose(const S& streamer, std::vector<Chunk>& chunks, const std::vector<float>& lse2, TokenSums<double>& all,
+            double budget, Compact& compact) {
+  const Tile& tile = streamer.tile;
+  const int64_t n = tile.in.n, padded = tile.padded, count = int64_t(chunks.size());
+  std::vector<int64_t> start(count + 1, 0);
+  for (int64_t c = 0; c < count; ++c)
+    start[c + 1] = start[c] + int64_t(chunks[c].columns.size());
+  std::vector<float> mass(start[count]);
+  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      for (size_t j = 0; j < chunks[c].columns.size(); ++j) {
+        float* x = chunks[c].x.data() + int64_t(j) * padded;
+        F total(0.f);
+        for (int64_t i = 0; i < padded; i += kLanes) {
+          const F p = exp2(F::loadu(x + i) - F::loadu(lse2.data() + i));
+          p.store(x + i);
+          total = total + p;
+        }
+        mass[start[c] + j] = sum(total);
+      }
+    }
+  });
+  std::vector<char> keep(mass.size(), 1);
+  std::vector<int64_t> order(mass.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return mass[a] < mass[b]; });
+  std::vector<int32_t> columns;
+  for (const auto& chunk : chunks)
+    columns.insert(columns.end(), chunk.columns.begin(), chunk.columns.end());
+  const auto is_target = [&](int32_t v) {
+    const auto t = std::lower_bound(
+        tile.targets.begin(), tile.targets.end(), v, [](Target a, int64_t b) { return a.column < b; });
+    return t != tile.targets.end() && t->column == v;
+  };
+  for (const int64_t j : order) {
+    if (mass[j] > budget)
+      break;
+    if (is_target(columns[j]))
+      continue;
+    keep[j] = 0;
+    budget -= mass[j];
+  }
+  std::vector<int64_t> slot(mass.size() + 1, 0);
+  for (size_t j = 0; j < mass.size(); ++j)
+    slot[j + 1] = slot[j] + keep[j];
+  if (double(slot.back()) > kDense * double(tile.in.vocab))
+    return;
+  compact.columns.resize(slot.back());
+  compact.probs.resize(slot.back() * n);
+  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      auto& dropped = chunks[c].sums.dropped;  // from here on: of this chunk's candidates
+      std::fill(dropped.begin(), dropped.end(), 0.f);
+      for (int64_t j = start[c]; j < start[c + 1]; ++j) {
+        const float* p = chunks[c].x.data() + (j - start[c]) * padded;
+        if (keep[j]) {
+          compact.columns[slot[j]] = columns[j];
+          at::vec::convert(p, compact.probs.data() + slot[j] * n, n);
+        } else {
+          for (int64_t i = 0; i < n; ++i)
+            dropped[i] += p[i];
+          streamer.add_row(columns[j], mass[j], chunks[c]);
+        }
+      }
+    }
+  });
+  std::vector<double> row(tile.in.width);
+  double row_mass = 0;
+  for (const auto& chunk : chunks) {
+    for (int64_t i = 0; i < n; ++i)
+      all.dropped[i] += chunk.sums.dropped[i] * all.s[i];
+    for (int64_t k = 0; k < tile.in.width; ++k)
+      row[k] += chunk.row_sum[k];
+    row_mass += chunk.row_mass;
+  }
+  compact.dropped.resize(n);
+  for (int64_t i = 0; i < n; ++i)
+    compact.dropped[i] = float(all.dropped[i] / all.s[i]);
+  compact.mean_row.resize(tile.in.width);
+  for (int64_t k = 0; k < tile.in.width; ++k)
+    compact.mean_row[k] = float(row_mass > 0 ? row[k] / row_mass : 0);
+}
+
+template <typename W, bool kSoftcap, bool kStats>
+void run(const StreamInputs& in, double grad_tol, const RowResults& out, Compact& compact) {
+  Tile tile(in);
+  const Streamer<W, kSoftcap, kStats> streamer(tile, grad_tol);
+  const int64_t n = in.n, count = (in.vocab + kChunk - 1) / kChunk;
+  for (int64_t i = 0; i < n; ++i) {
+    const double x = streamer.base2.core(double(streamer.target_logit(i))) * streamer.base2.factor;
+    tile.bound[i] = std::isfinite(x) ? float(x) : 0.f;
+  }
+  TokenSums<double> all(n, -std::numeric_limits<double>::infinity());
+  std::copy_n(tile.bound.begin(), n, all.m.begin());
+  std::vector<Chunk> chunks(count, Chunk(0, 0));
+
+  const auto wave = [&](int64_t from, int64_t to, bool collect) {
+    at::parallel_for(from, to, 1, [&](int64_t begin, int64_t end) {
+      Scratch scratch;
+      for (int64_t c = begin; c < end; ++c) {
+        chunks[c] = Chunk(tile.padded, in.width);
+        streamer.chunk(c * kChunk, std::min(in.vocab, (c + 1) * kChunk), collect, scratch, chunks[c]);
+      }
+      at::native::cpublas::brgemm_release(true);
+    });
+  };
+  const auto raise_bound = [&] {
+    for (int64_t i = 0; i < n; ++i)  // the target's own term is in s only after its chunk: m alone is a bound too
+      tile.bound[i] = float(all.m[i] + std::max(0., std::log2(all.s[i])));
+  };
+
+  bool collect = grad_tol > 0;
+  const int64_t probe = std::min(kProbe, count);
+  if (collect) {
+    wave(0, probe, false);
+    TokenSums<double> probed = all;
+    for (int64_t c = 0; c < probe; ++c)
+      merge(probed, chunks[c].sums, n);
+    for (int64_t i = 0; i < n; ++i)
+      tile.bound[i] = float(probed.m[i] + std::max(0., std::log2(probed.s[i])));
+  }
+  int64_t candidates = 0;
+  for (int64_t from = 0; from < count; from += kWave) {
+    const int64_t to = std::min(count, from + kWave);
+    wave(from, to, collect);
+    for (int64_t c = from; c < to; ++c) {
+      const auto& part = chunks[c].sums;
+      merge(all, part, n);
+      if constexpr (kStats) {
+        for (int64_t i = 0; i < n; ++i) {
+          const int64_t own = in.targets[i] / kChunk;
+          all.before[i] = std::max<double>(all.before[i], c < own ? part.after[i] : part.before[i]);
+          if (c >= own)
+            all.after[i] = std::max<double>(all.after[i], part.after[i]);
+        }
+      }
+      candidates += int64_t(chunks[c].columns.size());
+    }
+    raise_bound();
+    if (collect && double(candidates) > kCandidates * double(in.vocab)) {
+      collect = false;
+      for (auto& chunk : chunks)
+        chunk.x = {};
+    }
+  }
+
+  std::vector<float> lse2(tile.padded, kInfinity);
+  const double to_z = streamer.base2.unit;
+  for (int64_t i = 0; i < n; ++i) {
+    const double log2_s = std::log2(all.s[i]);
+    lse2[i] = float(all.m[i] + log2_s);
+    out.logps[i] = float(streamer.base2.to_natural(tile.target_x[i] - all.m[i]) - kLn2 * log2_s);
+    out.lse[i] = float(streamer.base2.to_natural(all.m[i]) + kLn2 * log2_s);
+    if constexpr (kStats) {
+      out.entropy[i] = float(kLn2 * (log2_s - all.ex[i] / all.s[i]));
+      out.mean_logits[i] = float(to_z * all.total[i] / double(in.vocab));
+      out.log_sum_sq_probs[i] = float(kLn2 * (std::log2(all.ee[i]) - 2 * log2_s));
+      out.is_top1[i] = tile.target_raw[i] > all.before[i] && tile.target_raw[i] >= all.after[i];
+    }
+  }
+  const double budget = grad_tol * double(n) - [&] {
+    double dropped = 0;
+    for (int64_t i = 0; i < n; ++i)
+      dropped += all.dropped[i] / all.s[i];
+    return dropped;
+  }();
+  if (collect && budget >= 0)
+    choose(streamer, chunks, lse2, all, budget, compact);
+}
+
+template <typename W>
+void dispatch(const StreamInputs& in, double grad_tol, const RowResults& out, Compact& compact) {
+  const bool stats = out.entropy != nullptr;
+  const auto function = in.transform.softcap ? (stats ? run<W, true, true> : run<W, true, false>)
+                                             : (stats ? run<W, false, true> : run<W, false, false>);
+  function(in, grad_tol, out, compact);
+}
+
+}  // namespace
+
+void stream_forward(const StreamInputs& in, double grad_tol, const RowResults& out, Compact& compact) {
+  (in.float_weight ? dispatch<float> : dispatch<BFloat16>)(in, grad_tol, out, compact);
+}
+
+}  // namespace fastdpo
