@@ -1,6 +1,6 @@
 """fastdpo: the fastest and leanest loss for preference tuning of language models."""
 
-from . import ops as _ops  # registers torch.ops.fastdpo
+from . import ops as _ops  # noqa: F401  registers torch.ops.fastdpo
 from .head import LinearTokenLogpsFunction, TokenLogps, TokenLogpsFunction, linear_token_logps, token_logps
 from .preference import DPOFunction, DPOLoss, LinearDPOLoss, PreferenceOutput, dpo_loss, linear_dpo_loss
 

@@ -1,8 +1,9 @@
 """The table of backends and the choice among them.
 
-A backend is a module with the functions of eager.py: row_forward, row_backward, column_mass, column_probs,
-compact_gradient, sequence_sums, pair_sigmoid, and `unavailable() -> str | None`, the reason why it cannot run here. It
-may have `stream_tile` (tiles.py), which takes a tile from hidden states to kept columns in one pass.
+A backend is a module with the functions of eager.py: row_forward, row_backward; column_mass, column_probs,
+compact_gradient, add_weight_gradient; sequence_sums, pair_sigmoid; and `unavailable() -> str | None`, the reason why
+it cannot run here. It may have `stream_tile` (tiles.py), which takes a tile from hidden states to kept columns in one
+pass.
 """
 
 from __future__ import annotations

@@ -130,9 +130,8 @@ def _bounds(cu_seqlens: Tensor, positions: int) -> Tensor:
     if not _capturing(bounds):
         values = bounds.cpu()
         if int(values[0]) != 0 or int(values[-1]) != positions:
-            raise ValueError(
-                f"cu_seqlens: expected to start at 0 and end at N={positions}, got {int(values[0])} and {int(values[-1])}"
-            )
+            found = f"{int(values[0])} and {int(values[-1])}"
+            raise ValueError(f"cu_seqlens: expected to start at 0 and end at N={positions}, got {found}")
         if bool((values.diff() < 0).any()):
             raise ValueError(f"cu_seqlens: expected values that never fall, got {values.tolist()}")
     return bounds

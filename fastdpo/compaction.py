@@ -13,6 +13,7 @@ zero. What is left of the error: `hidden_error_bound`.
 
 from __future__ import annotations
 
+import itertools
 from types import ModuleType
 from typing import NamedTuple
 
@@ -109,8 +110,9 @@ def backward(
     transform: Transform,
     kernels: ModuleType,
     need_hidden: bool,
-    dw: Tensor | None,  # [V, H], the kept rows are added to it
+    dw: Tensor | None,  # [V, H], zeros, or the dense tiles' part: the kept rows are added to it
     db: Tensor | None,  # [V], likewise
+    zeros: bool,  # dw and db are zeros: no need to read them
 ) -> list[Tensor]:
     """dX of each tile, float32 `[n, H]`; dW and db into the tensors given.
 
@@ -126,7 +128,7 @@ def backward(
         union = torch.cat([compact.columns for _, compact in tiles]).unique()
         step = max(1, _SUM_BYTES // (4 * weight.shape[1]))
         edges = [0, *union[step::step].tolist(), weight.shape[0]]
-        ranges = list(zip(edges[:-1], edges[1:], strict=True))
+        ranges = list(itertools.pairwise(edges))
     cuts = [_cuts(compact.columns, ranges) for _, compact in tiles]
     for number, (first, last) in enumerate(ranges):
         if union is not None:
@@ -144,13 +146,13 @@ def backward(
                 continue
             slots = torch.searchsorted(kept, columns.long())
             if total is not None:  # dW[S] += D.T @ X
-                total.index_add_(0, slots, torch.mm(grad, rows.hidden).to(total.dtype))
+                kernels.add_weight_gradient(total, slots, grad, rows.hidden)
             if total_bias is not None:
                 total_bias.index_add_(0, slots, grad.sum(1, dtype=total_bias.dtype))
         if union is not None:
             for whole, summed in ((dw, total), (db, total_bias)):
                 if whole is not None and summed is not None:
-                    whole[kept] = (whole[kept] + summed).to(whole.dtype)
+                    whole.index_copy_(0, kept, (summed if zeros else summed + whole[kept]).to(whole.dtype))
     return dx
 
 

@@ -43,7 +43,7 @@ def row_forward(
     stats: tuple[str, ...],  # among entropy, mean_logits, is_top1, log_sum_sq_probs
 ) -> list[Tensor]:
     """logps, lse and the stats asked for, in their order, each `[G*R]` float32 (is_top1: bool)."""
-    groups, rows, vocab = logits.shape
+    _groups, rows, vocab = logits.shape
     dtype = _result_dtype(logits.dtype)
     names = ("logps", "lse", *stats)
     out = [targets.new_zeros(targets.shape, dtype=torch.bool if n == "is_top1" else dtype) for n in names]
@@ -153,6 +153,11 @@ def compact_gradient(
     z[slot[here], here] = (logps + lse)[here]
     t = (z * (transform.temperature / transform.softcap)).clamp(-1, 1)
     return (grad * slope * (1 - t * t)).to(probs.dtype)
+
+
+def add_weight_gradient(total: Tensor, slots: Tensor, grad: Tensor, hidden: Tensor) -> None:
+    """total `[., H]` rows slots `[k]` += grad `[k, n]` @ hidden `[n, H]`; no slot twice. total: float32 or float64."""
+    total.index_add_(0, slots, torch.mm(grad, hidden).to(total.dtype))
 
 
 def sequence_sums(values: Tensor, bounds: Tensor) -> Tensor:

@@ -211,8 +211,8 @@ class LinearTokenLogpsFunction(Function):
         grad_logps, grad_entropy = _flat_grads(grads, ctx.options)
         if grad_logps is None and grad_entropy is None:
             return None, None, None, None, None
-        hidden, weight, bias, *rows = ctx.saved_tensors
-        row_grads = tiles.RowGrads(*rows, grad_logps, grad_entropy)
+        hidden, weight, bias, targets, logps, lse, entropy = ctx.saved_tensors
+        row_grads = tiles.RowGrads(targets, logps, lse, entropy, grad_logps, grad_entropy)
         options, needs = ctx.options, _linear_needs(ctx.needs_input_grad, bias)
         if torch.compiler.is_compiling():
             dx, dw, db = torch.ops.fastdpo.linear_backward(

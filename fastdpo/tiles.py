@@ -14,7 +14,7 @@ Backward, one of three:
 from __future__ import annotations
 
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,7 +83,10 @@ class RowGrads(NamedTuple):
     grad_entropy: Tensor | None
 
     def select(self, rows: Tensor | slice | None) -> RowGrads:
-        return self if rows is None else RowGrads(*(None if x is None else x[rows] for x in self))
+        if rows is None:
+            return self
+        parts: list[Any] = [None if x is None else x[rows] for x in self]
+        return RowGrads(*parts)
 
 
 class Saved(NamedTuple):
@@ -100,7 +103,7 @@ def forward(
     stats: tuple[str, ...],
     keep: bool,
 ) -> tuple[list[Tensor], Saved | None]:
-    """logps, lse and stats (as row_forward), each `[N]`; and, where `keep`, what the backward need not compute again."""
+    """logps, lse and stats (as row_forward), each `[N]`; and, where `keep`, what spares the backward work."""
     vocab = head.weight.shape[0]
     rows = _counted(targets)
     x, y = _select(hidden, rows, head.dtype), targets if rows is None else targets[rows]
@@ -111,7 +114,9 @@ def forward(
     if not streams:
         step = min(step, head.tile(vocab, max(1, len(x)))) if not whole else step
         buffer = x.new_empty((min(max(1, step), len(x)), vocab))
-    parts, tiles, dense = [], [], 0
+    parts: list[list[Tensor]] = []
+    tiles: list[tuple[int, int, Compact | None]] = []
+    dense = 0
     for start in range(0, len(x), max(1, step)):
         tile_x, tile_y = x[start : start + step], y[start : start + step]
         # Where most tiles turn out dense, the search for columns is not worth its time
@@ -173,11 +178,11 @@ def backward(
                 if whole is not None:
                     whole.zero_()
         else:
-            part_dx = _zeros(x, (len(rest), x.shape[1])) if dx is not None else None
+            part_dx = None if dx is None else dx[rest]
             _exact(head, x[rest], grads.select(rest), None, part_dx, dw, db)
-            if dx is not None:
+            if dx is not None and part_dx is not None:
                 dx[rest] = part_dx
-        _compact(head, x, grads, tiles, dx, dw, db)
+        _compact(head, x, grads, tiles, dx, dw, db, zeros=rest is None)
     else:  # the entropy's gradient lives in the tail too: exact
         _exact(head, x, grads, saved.logits if saved is not None else None, dx, dw, db)
 
@@ -198,6 +203,7 @@ def _compact(
     dx: Tensor | None,
     dw: Tensor | None,
     db: Tensor | None,
+    zeros: bool,
 ) -> None:
     inputs = []
     for first, last, compact in tiles:
@@ -205,7 +211,7 @@ def _compact(
         targets, logps, lse, _, grad_logps, _ = grads.select(part)
         assert grad_logps is not None and compact is not None
         inputs.append((compaction.Rows(x[part], targets, logps, lse, grad_logps), compact))
-    tile_dx = compaction.backward(inputs, head.weight, head.transform, head.kernels, dx is not None, dw, db)
+    tile_dx = compaction.backward(inputs, head.weight, head.transform, head.kernels, dx is not None, dw, db, zeros)
     if dx is not None:
         for (first, last, _), part_dx in zip(tiles, tile_dx, strict=True):
             dx[first:last] = part_dx

@@ -84,7 +84,7 @@ def test_the_bound_holds(tokens: int, sharp: float, tol: float, softcap: float |
     assert compact.dropped.sum() <= tol * tokens * (1 + 1e-6)
     dw = torch.zeros_like(weight)
     (dx,) = compaction.backward(
-        [(compaction.Rows(hidden, labels, logps, lse, g), compact)], weight, transform, eager, True, dw, None
+        [(compaction.Rows(hidden, labels, logps, lse, g), compact)], weight, transform, eager, True, dw, None, True
     )
     grad = torch.empty_like(logits)
     eager.row_backward(logits[None], labels, logps, lse, None, g, None, transform, 0, grad[None])
@@ -174,7 +174,7 @@ STREAMS = not isinstance(load("cpu"), str) and load("cpu").streams()  # type: ig
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("transform", [Transform(), Transform(-0.5, 20.0, 1.5)], ids=["plain", "softcap"])
 def test_streamed_tile(vocab: int, tokens: int, weight_dtype: torch.dtype, transform: Transform) -> None:
-    """One pass from hidden states: float32 logits, so float32's accuracy from bf16 inputs; and P of the kept columns."""
+    """One pass from hidden states: float32 logits, so float32's accuracy from bf16 inputs; and P."""
     cpu = load("cpu")
     assert not isinstance(cpu, str)
     hidden, weight, labels = peaked(tokens, vocab, 24)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from close import assert_close
@@ -158,7 +160,7 @@ BOUNDS = torch.tensor([0, 3, 3, 10, 2000])  # one short, one empty, one, one lon
 def test_sequence_sums(backend: str) -> None:
     values = -torch.rand(2000) * 10
     result = kernels_for(backend, torch.float32).sequence_sums(values, BOUNDS)
-    true = torch.stack([values[a:b].double().sum() for a, b in zip(BOUNDS[:-1], BOUNDS[1:], strict=True)])
+    true = torch.stack([values[a:b].double().sum() for a, b in itertools.pairwise(BOUNDS)])
     torch.testing.assert_close(result.double(), true, rtol=3e-7, atol=0)
 
 

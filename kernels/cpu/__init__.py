@@ -7,6 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
+from fastdpo import eager
 from fastdpo.compaction import Compact
 from fastdpo.eager import column_mass, column_probs
 from fastdpo.options import Transform
@@ -14,6 +15,7 @@ from fastdpo.options import Transform
 from .build import BuildError, library
 
 __all__ = [
+    "add_weight_gradient",
     "column_mass",
     "column_probs",
     "compact_gradient",
@@ -107,6 +109,15 @@ def compact_gradient(
     return torch.ops.fastdpo_cpu.compact_gradient(
         probs.contiguous(), columns, targets, logps, lse, grad_logps, *transform
     )
+
+
+def add_weight_gradient(total: Tensor, slots: Tensor, grad: Tensor, hidden: Tensor) -> None:
+    if grad.dtype != torch.bfloat16 or not streams():
+        eager.add_weight_gradient(total, slots, grad, hidden)
+        return
+    if grad.shape[1] % 2:  # the product takes tokens in pairs
+        grad, hidden = torch.nn.functional.pad(grad, (0, 1)), torch.nn.functional.pad(hidden, (0, 0, 0, 1))
+    torch.ops.fastdpo_cpu.weight_gradient(total, slots, grad, hidden.contiguous())
 
 
 def sequence_sums(values: Tensor, bounds: Tensor) -> Tensor:

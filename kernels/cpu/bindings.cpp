@@ -140,6 +140,18 @@ Tensor compact(
   return out;
 }
 
+void weight_gradient(Tensor total, const Tensor& slots, const Tensor& grad, const Tensor& hidden) {
+  const int64_t k = grad.size(0), n = grad.size(1), width = hidden.size(1);
+  check_rows(slots, k);
+  check_rows(grad, k * n);
+  check_rows(hidden, n * width);
+  TORCH_CHECK(n % 2 == 0, "grad: expected an even number of tokens");
+  TORCH_CHECK(total.is_contiguous() && total.size(1) == width, "total: expected contiguous [., H]");
+  add_weight_gradient(
+      total.data_ptr<float>(), slots.const_data_ptr<int64_t>(), grad.const_data_ptr<at::BFloat16>(),
+      hidden.const_data_ptr<at::BFloat16>(), k, n, width);
+}
+
 Tensor sums(const Tensor& values, const Tensor& bounds) {
   check_rows(values, values.numel());
   Tensor out = at::empty({bounds.numel() - 1}, values.options());
@@ -180,6 +192,7 @@ TORCH_LIBRARY(fastdpo_cpu, m) {
       "compact_gradient(Tensor probs, Tensor columns, Tensor targets, Tensor logps, Tensor lse, Tensor grad_logps, "
       "float logit_scale, float? softcap, float temperature) -> Tensor",
       compact);
+  m.def("weight_gradient(Tensor(a!) total, Tensor slots, Tensor grad, Tensor hidden) -> ()", weight_gradient);
   m.def("sequence_sums(Tensor values, Tensor bounds) -> Tensor", sums);
   m.def(
       "pair_sigmoid(Tensor logps, Tensor bounds, Tensor? ref_logps, float beta, float label_smoothing) "

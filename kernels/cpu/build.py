@@ -24,6 +24,7 @@ SOURCES = (
     "row_backward.cpp",
     "stream.cpp",
     "compact_gradient.cpp",
+    "weight_gradient.cpp",
     "sequences.cpp",
     "bindings.cpp",
 )

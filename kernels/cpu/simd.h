@@ -66,7 +66,16 @@ inline void store2(c10::BFloat16* p, F2 x) {
 #endif
 }
 
+// at::vec::maximum without its care for NaN, which a sum shows anyhow
+inline F larger(F a, F b) {
+  return _mm512_max_ps(a, b);
+}
+
 #else
+
+inline F larger(F a, F b) {
+  return at::vec::maximum(a, b);
+}
 
 // As above by at::vec: n = round(x), 2^n through the exponent bits. x is clamped where 2^x leaves the normal range.
 inline F exp2(F x) {

@@ -31,6 +31,7 @@ namespace {
 using c10::BFloat16;
 
 constexpr int64_t kRows = 32;  // rows of weight a product: [32, 256] float32 is 32 KB
+constexpr int64_t kGroup = 4;  // columns a pass over the tokens' sums
 constexpr int64_t kChunk = 1024;  // rows of weight a task
 constexpr int64_t kProbe = 4;  // chunks that only raise the bound
 constexpr int64_t kWave = 32;  // chunks between two rises of the bound
@@ -62,7 +63,7 @@ struct Chunk {
   TokenSums<float> sums;
   std::vector<int32_t> columns;  // candidates
   std::vector<float> x;  // [candidates, padded n]
-  std::vector<double> row_sum;  // [H] sum of mass * weight[v] over dropped columns
+  std::vector<float> row_sum;  // [H] sum of mass * weight[v] over dropped columns
   double row_mass = 0;
 
   Chunk(int64_t padded, int64_t width) : sums(padded, 0), row_sum(width) {}
@@ -152,73 +153,132 @@ struct Streamer {
       at::native::cpublas::brgemm(
           rows, tile.padded, in.width, stride, tile.padded, tile.padded, false, block, tile.packed.data(),
           scratch.logits.data(), true);
-      for (int64_t r = 0; r < rows; ++r)
-        row(v0 + r, scratch.logits.data() + r * tile.padded, target, collect, out);
+      for (int64_t r = 0; r < rows;) {
+        const bool target_near = target != tile.targets.end() && target->column < v0 + r + kGroup;
+        // is_top1 asks what stands before and what after a target: then column by column
+        const bool together = r + kGroup <= rows && !(kStats && target_near);
+        const auto next = together ? (collect ? &Streamer::group<kGroup, true> : &Streamer::group<kGroup, false>)
+                                   : (collect ? &Streamer::group<1, true> : &Streamer::group<1, false>);
+        (this->*next)(v0 + r, scratch.logits.data() + r * tile.padded, target, out);
+        r += together ? kGroup : 1;
+      }
     }
   }
 
-  void row(int64_t v, float* x, std::vector<Target>::const_iterator& target, bool collect, Chunk& out) const {
+  // kCount columns from v on: their raw logits [kCount, padded n] become x - m on the way. Several columns at a time,
+  // so that the sums of a token are loaded and stored once for all of them.
+  template <int kCount, bool kCollect>
+  void group(int64_t v, float* x, std::vector<Target>::const_iterator& target, Chunk& out) const {
     const auto& in = tile.in;
     auto& sums = out.sums;
-    const F bias(in.bias ? in.bias[v] : 0.f), factor(base2.factor), sign(base2.in < 0 ? -1.f : 1.f);
+    const int64_t padded = tile.padded;
     const auto firsts = target;
-    while (target != tile.targets.end() && target->column == v)
+    while (target != tile.targets.end() && target->column < v + kCount)
       ++target;
-    if constexpr (kStats) {  // what came before this column came before its tokens' targets
+    if constexpr (kStats && kCount == 1) {  // what came before this column came before its tokens' targets
       for (auto t = firsts; t != target; ++t)
         sums.before[t->token] = std::exchange(sums.after[t->token], -kInfinity);
     }
-    F vtop(-kInfinity);
-    for (int64_t i = 0; i < tile.padded; i += kLanes) {
-      const F raw = F::loadu(x + i) + bias;
-      const F core = base2.core(raw);
-      const F above = at::vec::fmsub(core, factor, F::loadu(sums.m.data() + i));
-      above.store(x + i);
-      vtop = at::vec::maximum(vtop, above);
-      if constexpr (kStats) {
-        (F::loadu(sums.total.data() + i) + core).store(sums.total.data() + i);
-        at::vec::maximum(F::loadu(sums.after.data() + i), raw * sign).store(sums.after.data() + i);
-      }
+
+    F top[kCount], bias[kCount];
+    for (int c = 0; c < kCount; ++c) {
+      top[c] = F(-kInfinity);
+      bias[c] = F(in.bias ? in.bias[v + c] : 0.f);
     }
-    const float top = max(vtop);
-    for (auto t = firsts; t != target; ++t) {
-      tile.target_x[t->token] = x[t->token] + sums.m[t->token];
-      if constexpr (kStats)  // alone in `after` until now; it belongs to neither side
-        tile.target_raw[t->token] = std::exchange(sums.after[t->token], -kInfinity);
-    }
-    if (top > kOverflow) {
-      for (int64_t i = 0; i < in.n; ++i) {
-        if (x[i] > kOverflow && std::isfinite(x[i])) {
-          sums.raise(i, sums.m[i] + x[i]);
-          x[i] = 0;
+    const F factor(base2.factor), sign(base2.in < 0 ? -1.f : 1.f);
+    for (int64_t i = 0; i < padded; i += kLanes) {
+      const F m = F::loadu(sums.m.data() + i);
+      F total(0.f), largest(-kInfinity);
+      for (int c = 0; c < kCount; ++c) {
+        F raw = F::loadu(x + c * padded + i);
+        if (in.bias)
+          raw = raw + bias[c];
+        const F core = base2.core(raw), above = at::vec::fmsub(core, factor, m);
+        above.store(x + c * padded + i);
+        top[c] = larger(top[c], above);
+        if constexpr (kStats) {
+          total = total + core;
+          largest = larger(largest, raw * sign);
         }
       }
-    }
-    const bool candidate = collect && (top > log2_eps || firsts != target), drop = collect && !candidate;
-    F mass(0.f);
-    for (int64_t i = 0; i < tile.padded; i += kLanes) {
-      F above = F::loadu(x + i);
-      if constexpr (kStats)
-        above = at::vec::maximum(above, F(-200.f));
-      const F e = exp2(above);
-      (F::loadu(sums.s.data() + i) + e).store(sums.s.data() + i);
       if constexpr (kStats) {
-        at::vec::fmadd(e, above, F::loadu(sums.ex.data() + i)).store(sums.ex.data() + i);
-        at::vec::fmadd(e, e, F::loadu(sums.ee.data() + i)).store(sums.ee.data() + i);
-      }
-      if (drop) {
-        (F::loadu(sums.dropped.data() + i) + e).store(sums.dropped.data() + i);
-        mass = mass + e;
+        (F::loadu(sums.total.data() + i) + total).store(sums.total.data() + i);
+        larger(F::loadu(sums.after.data() + i), largest).store(sums.after.data() + i);
       }
     }
-    if (candidate) {
-      out.columns.push_back(int32_t(v));
+    float tops[kCount], highest = -kInfinity;
+    for (int c = 0; c < kCount; ++c) {
+      tops[c] = max(top[c]);
+      highest = std::max(highest, tops[c]);
+    }
+    for (auto t = firsts; t != target; ++t) {
+      tile.target_x[t->token] = x[(t->column - v) * padded + t->token] + sums.m[t->token];
+      tops[t->column - v] = kInfinity;  // a target is always kept
+      if constexpr (kStats && kCount == 1)  // alone in `after` until now; it belongs to neither side
+        tile.target_raw[t->token] = std::exchange(sums.after[t->token], -kInfinity);
+    }
+    if (highest > kOverflow)
+      raise_overflowing(x, kCount, sums);
+
+    F mass[kCount];
+    float drop[kCount];  // 1 where the column is dropped at once
+    bool any_drop = false;
+    for (int c = 0; c < kCount; ++c) {
+      mass[c] = F(0.f);
+      drop[c] = kCollect && tops[c] <= log2_eps ? 1.f : 0.f;
+      any_drop |= drop[c] > 0;
+    }
+    for (int64_t i = 0; i < padded; i += kLanes) {
+      F s(0.f), dropped(0.f), ex(0.f), ee(0.f);
+      for (int c = 0; c < kCount; ++c) {
+        F above = F::loadu(x + c * padded + i);
+        if constexpr (kStats)
+          above = larger(above, F(-200.f));
+        const F e = exp2(above);
+        s = s + e;
+        if constexpr (kCollect) {
+          dropped = at::vec::fmadd(e, F(drop[c]), dropped);
+          mass[c] = mass[c] + e;
+        }
+        if constexpr (kStats) {
+          ex = at::vec::fmadd(e, above, ex);
+          ee = at::vec::fmadd(e, e, ee);
+        }
+      }
+      (F::loadu(sums.s.data() + i) + s).store(sums.s.data() + i);
+      if (kCollect && any_drop)
+        (F::loadu(sums.dropped.data() + i) + dropped).store(sums.dropped.data() + i);
+      if constexpr (kStats) {
+        (F::loadu(sums.ex.data() + i) + ex).store(sums.ex.data() + i);
+        (F::loadu(sums.ee.data() + i) + ee).store(sums.ee.data() + i);
+      }
+    }
+    if constexpr (!kCollect)
+      return;
+    for (int c = 0; c < kCount; ++c) {
+      if (drop[c] > 0) {
+        add_row(v + c, sum(mass[c]), out);
+        continue;
+      }
+      out.columns.push_back(int32_t(v + c));
       const size_t at = out.x.size();
-      out.x.resize(at + tile.padded);
-      for (int64_t i = 0; i < tile.padded; i += kLanes)
-        (F::loadu(x + i) + F::loadu(sums.m.data() + i)).store(out.x.data() + at + i);
-    } else if (drop) {
-      add_row(v, sum(mass), out);
+      out.x.resize(at + padded);
+      for (int64_t i = 0; i < padded; i += kLanes)
+        (F::loadu(x + c * padded + i) + F::loadu(sums.m.data() + i)).store(out.x.data() + at + i);
+    }
+  }
+
+  // Tokens whose x - m would overflow a later sum: m rises to their largest x
+  void raise_overflowing(float* x, int columns, TokenSums<float>& sums) const {
+    for (int64_t i = 0; i < tile.in.n; ++i) {
+      float most = x[i];
+      for (int c = 1; c < columns; ++c)
+        most = std::max(most, x[c * tile.padded + i]);
+      if (most > kOverflow && std::isfinite(most)) {
+        sums.raise(i, sums.m[i] + most);
+        for (int c = 0; c < columns; ++c)
+          x[c * tile.padded + i] -= most;
+      }
     }
   }
 
@@ -226,8 +286,15 @@ struct Streamer {
     if (mass < least_mass)
       return;
     const W* w = weight(v);
-    for (int64_t k = 0; k < tile.in.width; ++k)
-      out.row_sum[k] += mass * float(w[k]);
+    const F factor{static_cast<float>(mass)};
+    float* to = out.row_sum.data();
+    int64_t k = 0;
+    for (; k + kStep <= tile.in.width; k += kStep) {
+      const F2 row = load2(w + k), before = load2(to + k);
+      store2(to + k, F2{at::vec::fmadd(factor, row.a, before.a), at::vec::fmadd(factor, row.b, before.b)});
+    }
+    for (; k < tile.in.width; ++k)
+      to[k] += float(mass) * float(w[k]);
     out.row_mass += mass;
   }
 };

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 # Compaction's column and gather passes, in plain PyTorch until they have kernels of their own
-from fastdpo.eager import column_mass, column_probs, compact_gradient
+from fastdpo.eager import add_weight_gradient, column_mass, column_probs, compact_gradient
 
 _NO_TRITON: str | None = None
 try:
@@ -15,6 +15,7 @@ except ImportError as error:  # Triton is an optional dependency
     _NO_TRITON = f"Triton cannot be imported: {error}"
 
 __all__ = [
+    "add_weight_gradient",
     "column_mass",
     "column_probs",
     "compact_gradient",
