@@ -66,3 +66,13 @@ def test_a_failing_compiler_names_its_log(tmp_path: Path) -> None:
     assert f"the C++ build failed with {compiler}; its output is in {tmp_path / 'cache' / 'build.log'}" in done.stdout
     assert "this compiler is broken" in (tmp_path / "cache" / "build.log").read_text()
     assert [p.name for p in (tmp_path / "cache").iterdir()] == ["build.log"]  # nothing half built is left
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="this CPU has no AVX-512 to do without")
+def test_without_avx512() -> None:
+    """The C++ kernels as built for an older CPU, through the same tests."""
+    tests = Path(__file__).parent
+    files = [str(tests / "test_kernels.py"), str(tests / "test_compaction.py")]
+    code = f"import sys, pytest; sys.exit(pytest.main(['-k', 'cpu', *{files}]))"
+    done = run(code, ATEN_CPU_CAPABILITY="avx2", TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout

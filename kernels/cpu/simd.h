@@ -77,9 +77,10 @@ inline F larger(F a, F b) {
   return at::vec::maximum(a, b);
 }
 
-// As above by at::vec: n = round(x), 2^n through the exponent bits. x is clamped where 2^x leaves the normal range.
-inline F exp2(F x) {
-  x = at::vec::clamp_min(x, F(-126.f));
+// As above by at::vec: n = round(x), 2^n through the exponent bits. Below the normal range it is 0; above it, large
+// enough for every caller to notice, as infinity is.
+inline F exp2(F given) {
+  const F x = at::vec::clamp(given, F(-126.f), F(127.f));
   const F n = x.round();
   const F f = x - n;
   F p(1.5403530e-4f);
@@ -90,7 +91,8 @@ inline F exp2(F x) {
   p = at::vec::fmadd(p, f, F(6.9314718e-1f));
   p = at::vec::fmadd(p, f, F(1.f));
   const auto exponent = at::vec::convert_to_int_of_same_size(n) + at::vec::Vectorized<int32_t>(127);
-  return p * at::vec::cast<float>(exponent << at::vec::Vectorized<int32_t>(23));
+  const F result = p * at::vec::cast<float>(exponent << at::vec::Vectorized<int32_t>(23));
+  return F::blendv(result, F(0.f), given < F(-126.f));
 }
 
 inline F2 load2(const float* p) {
