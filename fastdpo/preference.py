@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from .batch import IGNORE_INDEX, flat_targets, reference, sequence_bounds, shift_labels
-from .head import TokenLogps, as_rows, linear_token_logps, token_logps
+from .head import TokenLogps, linear_token_logps, token_logps
+from .inputs import as_rows
 from .losses import LOSSES, LossOptions, Pairs, check_loss
 from .options import HeadOptions
 

@@ -1,0 +1,60 @@
+"""The tensors that the head takes: shapes, dtypes, devices; one clear error per disagreement."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def as_rows(logits: Tensor, labels: Tensor) -> Tensor:
+    """logits `[..., V]` as `[G, R, V]`, without a copy where strides allow it: kernels take any strides of G and R.
+
+    Raises:
+        TypeError: logits are not floats.
+        ValueError: labels are not shaped like logits without V.
+    """
+    if not logits.is_floating_point():
+        raise TypeError(f"logits: expected a float tensor, got {logits.dtype}")
+    if logits.dim() < 2 or labels.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"labels: expected the shape of logits without its last dimension, {list(logits.shape[:-1])}, "
+            f"got {list(labels.shape)}"
+        )
+    if logits.shape[-1] == 0:
+        raise ValueError(f"logits: expected a vocabulary of at least 1, got shape {list(logits.shape)}")
+    if logits.stride(-1) != 1 and logits.shape[-1] != 1:
+        logits = logits.contiguous()
+    if logits.dim() == 2:
+        return logits.unsqueeze(0)
+    return logits if logits.dim() == 3 else logits.reshape(-1, *logits.shape[-2:])
+
+
+def check_linear(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
+    """Raise for inputs of linear_token_logps that disagree."""
+    named = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
+    for name, tensor in named.items():
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name}: expected a float tensor, got {tensor.dtype}")
+        if tensor.device != hidden.device:
+            raise ValueError(f"{name}: expected on {hidden.device} like hidden, got {tensor.device}")
+    if weight.dim() != 2 or weight.shape[0] == 0:
+        raise ValueError(f"weight: expected [V, H], got shape {list(weight.shape)}")
+    if hidden.dim() < 2 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden: expected [..., H] with H={weight.shape[1]} of weight {list(weight.shape)}, "
+            f"got shape {list(hidden.shape)}"
+        )
+    if labels.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"labels: expected hidden's shape without H, {list(hidden.shape[:-1])}, got {list(labels.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: expected [V] = [{weight.shape[0]}], got shape {list(bias.shape)}")
+
+
+def product_dtype(hidden: Tensor) -> torch.dtype:
+    """autocast's dtype under autocast (which leaves float64 alone), else hidden's."""
+    device = hidden.device.type
+    if hidden.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return hidden.dtype
