@@ -10,7 +10,6 @@ installed is named and left out.
 from __future__ import annotations
 
 import argparse
-import resource
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from fastdpo.recorder import peak_memory_mib, resident_memory_mib
 
 from .measure import alternate, machine
 from .providers import PROVIDERS
@@ -68,11 +69,9 @@ def peak_mib(name: str, inputs: str) -> float:
     """In this process: peak resident MiB of one run above inputs and returned gradients."""
     hidden, labels, weight, grads = torch.load(inputs)
     run(name, hidden[:64], weight[:1024], labels[:64] % 1024, grads[:64])  # compilers and libraries loaded
-    with open("/proc/self/statm") as file:
-        before = int(file.read().split()[1]) * resource.getpagesize()
+    before = resident_memory_mib()
     _, dx, dw = run(name, hidden, weight, labels, grads)
-    returned = dx.nbytes + dw.nbytes
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before - returned) / 2**20
+    return peak_memory_mib() - before - (dx.nbytes + dw.nbytes) / 2**20
 
 
 def main() -> None:
