@@ -1,7 +1,7 @@
 """The tile loop of the from-hidden path: library products and row kernels, never `[N, V]`.
 
-Forward: tiles of tokens. A backend that streams takes a tile through cache; otherwise its logits `[n, V]` live in one
-reused buffer of at most `workspace_mb`.
+Forward: tiles of tokens. A backend that streams takes a tile through cache, its logits float32; otherwise they live,
+`[n, V]`, in one reused buffer of at most `workspace_mb`.
 
 Backward, one of three:
 - compact: with `grad_tol` > 0 the forward kept the columns that hold the probability (compaction.py);
@@ -226,18 +226,19 @@ def _exact(
     dw: Tensor | None,
     db: Tensor | None,
 ) -> None:
-    count, vocab = len(x), head.weight.shape[0]
+    count, vocab, streams = len(x), head.weight.shape[0], head.streams()
     step = vocab if logits is not None else head.tile(max(1, count), vocab)
-    buffer = logits if logits is not None else x.new_empty(count * step)
+    buffer = x.new_empty(0 if logits is not None or streams else count * step)
     for start in range(0, vocab, step):
         stop = min(start + step, vocab)
-        if logits is not None:
-            tile = logits
+        if streams:
+            tile = head.kernels.stream_gradient(x, head.weight, head.bias, *grads, head.transform, start, stop).t()
         else:
-            tile = buffer[: count * (stop - start)].view(count, stop - start)
-            head.logits(x, start, stop, tile)
-        # tile: logits -> d loss / d logits, in place
-        head.kernels.row_backward(tile[None], *grads, head.transform, start, tile[None])
+            tile = logits if logits is not None else buffer[: count * (stop - start)].view(count, stop - start)
+            if logits is None:
+                head.logits(x, start, stop, tile)
+            # tile: logits -> d loss / d logits, in place
+            head.kernels.row_backward(tile[None], *grads, head.transform, start, tile[None])
         if dx is not None:  # dX = sum over columns of D @ W
             _add_product(dx, tile, head.columns(start, stop))
         if dw is not None:  # dW = D.T @ X, whole in one product

@@ -220,3 +220,26 @@ def test_streamed_extremes() -> None:
     torch.testing.assert_close(lse.double(), truth[1], rtol=1e-6, atol=1e-4)
     torch.testing.assert_close(entropy.double(), truth[2], rtol=1e-3, atol=1e-3)
     assert compact is not None and set(labels.tolist()) <= set(compact.columns.tolist())
+
+
+@pytest.mark.skipif(not STREAMS, reason="this CPU has no bf16 products")
+@pytest.mark.parametrize("tokens", [1, 37, 600])
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("transform", [Transform(), Transform(-0.5, 20.0, 1.5)], ids=["plain", "softcap"])
+@pytest.mark.parametrize("with_entropy", [False, True], ids=["logps", "logps+entropy"])
+def test_streamed_gradient(tokens: int, weight_dtype: torch.dtype, transform: Transform, with_entropy: bool) -> None:
+    """Columns 100.. 999 of 1100: bf16 rounds the gradient, nothing else."""
+    cpu = load("cpu")
+    assert not isinstance(cpu, str)
+    hidden, weight, labels = peaked(tokens, 1100, 24)
+    hidden, weight, bias = hidden.bfloat16(), weight.to(weight_dtype), torch.randn(1100)
+    logits = hidden.double() @ weight.bfloat16().double().T + bias.double()
+    logps, lse, entropy = eager.row_forward(logits[None], labels, transform, ("entropy",))
+    g, h = torch.randn(tokens), torch.randn(tokens) if with_entropy else None
+    truth = torch.empty_like(logits)
+    given = [labels, logps, lse, entropy, g.double(), None if h is None else h.double()]
+    eager.row_backward(logits[None], *given, transform, 0, truth[None])
+    given = [None if x is None else x.float() if x.is_floating_point() else x for x in given[:4]] + [g, h]
+    result = cpu.stream_gradient(hidden, weight, bias, *given, transform, 100, 1000)
+    assert result.shape == (900, tokens)
+    torch.testing.assert_close(result.double(), truth[:, 100:1000].T, rtol=2**-7, atol=1e-5)

@@ -23,6 +23,7 @@ __all__ = [
     "row_backward",
     "row_forward",
     "sequence_sums",
+    "stream_gradient",
     "stream_tile",
     "streams",
     "unavailable",
@@ -95,6 +96,26 @@ def stream_tile(
     *results, columns, probs, dropped, mean_row = out
     compact = Compact(columns, probs, dropped, mean_row) if len(columns) else None
     return _ordered(results, stats), compact
+
+
+def stream_gradient(
+    hidden: Tensor,  # bf16 [n, H], H even
+    weight: Tensor,  # bf16 or float32 [V, H], dense rows
+    bias: Tensor | None,  # [V]
+    targets: Tensor,  # int64 [n], all in [0, V)
+    logps: Tensor,  # [n], and so are the next four
+    lse: Tensor,
+    entropy: Tensor | None,
+    grad_logps: Tensor | None,
+    grad_entropy: Tensor | None,
+    transform: Transform,
+    first: int,
+    last: int,
+) -> Tensor:
+    """row_backward's gradient of columns first .. last-1 from hidden states, transposed: bf16 `[last-first, n]`."""
+    bias = None if bias is None else bias.float().contiguous()
+    rows = (targets, logps, lse, entropy, grad_logps, grad_entropy)
+    return torch.ops.fastdpo_cpu.stream_gradient(hidden.contiguous(), weight, bias, *rows, *transform, first, last)
 
 
 def compact_gradient(

@@ -97,10 +97,8 @@ bool streams() {
   return result == 2;
 }
 
-// row results as forward(), then columns int32 [k], probs bf16 [k, n], dropped [n], mean_row [H]; k = 0: dense
-std::vector<Tensor> stream(
-    const Tensor& hidden, const Tensor& weight, const OptTensor& bias, const Tensor& targets, double logit_scale,
-    std::optional<double> softcap, double temperature, bool stats, double grad_tol) {
+StreamInputs stream_inputs(
+    const Tensor& hidden, const Tensor& weight, const OptTensor& bias, const Tensor& targets, const Transform& t) {
   const int64_t n = hidden.size(0), width = hidden.size(1), vocab = weight.size(0);
   check_rows(hidden, n * width);
   check_rows(targets, n);
@@ -108,9 +106,33 @@ std::vector<Tensor> stream(
   TORCH_CHECK(
       weight.scalar_type() == at::kFloat || weight.scalar_type() == at::kBFloat16,
       "weight: expected bfloat16 or float32, got ", weight.scalar_type());
-  const StreamInputs in{
+  return {
       hidden.const_data_ptr<at::BFloat16>(), weight.const_data_ptr(), weight.scalar_type() == at::kFloat,
-      weight.stride(0), floats(bias, vocab), targets.const_data_ptr<int64_t>(), n, vocab, width, {logit_scale, softcap, temperature}};
+      weight.stride(0), floats(bias, vocab), targets.const_data_ptr<int64_t>(), n, vocab, width, t};
+}
+
+// D.T of columns first .. last-1: bf16 [last - first, n]
+Tensor streamed_gradient(
+    const Tensor& hidden, const Tensor& weight, const OptTensor& bias, const Tensor& targets, const Tensor& logps,
+    const Tensor& lse, const OptTensor& entropy, const OptTensor& grad_logps, const OptTensor& grad_entropy,
+    double logit_scale, std::optional<double> softcap, double temperature, int64_t first, int64_t last) {
+  const int64_t n = hidden.size(0);
+  const auto in = stream_inputs(hidden, weight, bias, targets, {logit_scale, softcap, temperature});
+  TORCH_CHECK(0 <= first && first <= last && last <= in.vocab, "first, last: expected a range of columns");
+  TORCH_CHECK(!grad_entropy || entropy, "grad_entropy needs entropy");
+  const RowGrads grads{floats(logps, n), floats(lse, n), floats(entropy, n), floats(grad_logps, n),
+                       floats(grad_entropy, n)};
+  Tensor out = at::empty({last - first, n}, hidden.options());
+  stream_gradient(in, grads, first, last, out.data_ptr<at::BFloat16>());
+  return out;
+}
+
+// row results as forward(), then columns int32 [k], probs bf16 [k, n], dropped [n], mean_row [H]; k = 0: dense
+std::vector<Tensor> stream(
+    const Tensor& hidden, const Tensor& weight, const OptTensor& bias, const Tensor& targets, double logit_scale,
+    std::optional<double> softcap, double temperature, bool stats, double grad_tol) {
+  const int64_t n = hidden.size(0), width = hidden.size(1);
+  const auto in = stream_inputs(hidden, weight, bias, targets, {logit_scale, softcap, temperature});
   auto [out, results] = row_results(hidden, n, stats);
   Compact compact;
   stream_forward(in, grad_tol, results, compact);
@@ -192,6 +214,11 @@ TORCH_LIBRARY(fastdpo_cpu, m) {
       "compact_gradient(Tensor probs, Tensor columns, Tensor targets, Tensor logps, Tensor lse, Tensor grad_logps, "
       "float logit_scale, float? softcap, float temperature) -> Tensor",
       compact);
+  m.def(
+      "stream_gradient(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor logps, Tensor lse, "
+      "Tensor? entropy, Tensor? grad_logps, Tensor? grad_entropy, float logit_scale, float? softcap, "
+      "float temperature, int first, int last) -> Tensor",
+      streamed_gradient);
   m.def("weight_gradient(Tensor(a!) total, Tensor slots, Tensor grad, Tensor hidden) -> ()", weight_gradient);
   m.def("sequence_sums(Tensor values, Tensor bounds) -> Tensor", sums);
   m.def(

@@ -23,12 +23,13 @@ SOURCES = (
     "row_forward.cpp",
     "row_backward.cpp",
     "stream.cpp",
+    "stream_gradient.cpp",
     "compact_gradient.cpp",
     "weight_gradient.cpp",
     "sequences.cpp",
     "bindings.cpp",
 )
-HEADERS = ("kernels.h", "simd.h", "stream.h", "transform.h")
+HEADERS = ("gradient.h", "kernels.h", "pack.h", "simd.h", "stream.h", "transform.h")
 
 
 class BuildError(RuntimeError):

@@ -22,6 +22,7 @@
 #include <numeric>
 #include <utility>
 
+#include "pack.h"
 #include "simd.h"
 #include "transform.h"
 
@@ -88,12 +89,7 @@ struct Tile {
   std::vector<float> target_x, target_raw;
 
   explicit Tile(const StreamInputs& inputs) : in(inputs), padded((in.n + kLanes - 1) / kLanes * kLanes) {
-    packed.assign(in.width * padded, BFloat16(0));
-    at::parallel_for(0, in.width / 2, 16, [&](int64_t begin, int64_t end) {
-      for (int64_t k = begin; k < end; ++k)
-        for (int64_t i = 0; i < in.n; ++i)
-          std::copy_n(in.hidden + i * in.width + 2 * k, 2, packed.data() + (k * padded + i) * 2);
-    });
+    packed = pack_hidden(in.hidden, in.n, in.width, padded);
     for (int64_t i = 0; i < in.n; ++i)
       targets.push_back({in.targets[i], i});
     std::sort(targets.begin(), targets.end(), [](Target a, Target b) {
@@ -139,17 +135,7 @@ struct Streamer {
     scratch.logits.resize(kRows * tile.padded);
     for (int64_t v0 = first; v0 < last; v0 += kRows) {
       const int64_t rows = std::min(kRows, last - v0);
-      const BFloat16* block;
-      int64_t stride = in.weight_stride;
-      if constexpr (std::is_same_v<W, float>) {
-        stride = in.width;
-        scratch.weight.resize(kRows * stride);
-        for (int64_t r = 0; r < rows; ++r)
-          at::vec::convert(weight(v0 + r), scratch.weight.data() + r * stride, stride);
-        block = scratch.weight.data();
-      } else {
-        block = weight(v0);
-      }
+      const auto [block, stride] = weight_rows(weight(v0), in.weight_stride, rows, in.width, scratch.weight);
       at::native::cpublas::brgemm(
           rows, tile.padded, in.width, stride, tile.padded, tile.padded, false, block, tile.packed.data(),
           scratch.logits.data(), true);

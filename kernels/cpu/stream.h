@@ -32,4 +32,7 @@ struct Compact {
 // Dropped: at most grad_tol * n in sum. grad_tol = 0: nothing is kept, `compact` stays as it is.
 void stream_forward(const StreamInputs&, double grad_tol, const RowResults&, Compact& compact);
 
+// d(sum grad_logps*logps + grad_entropy*entropy) / d(raw logits of columns first .. last-1), transposed: out [last-first, n]
+void stream_gradient(const StreamInputs&, const RowGrads&, int64_t first, int64_t last, c10::BFloat16* out);
+
 }  // namespace fastdpo
