@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .inputs import check_tensor
+
 IGNORE_INDEX = -100
 IGNORED = -1  # what kernels read in place of ignore_index
 
@@ -56,6 +58,7 @@ def sequence_bounds(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
             at N and rise.
         TypeError: cu_seqlens is not an integer tensor.
     """
+    check_tensor("labels", labels, floats=False)
     if cu_seqlens is None:
         if labels.dim() != 2:
             raise ValueError(f"labels: expected [2B, T] (or packed with cu_seqlens), got shape {list(labels.shape)}")
@@ -64,6 +67,7 @@ def sequence_bounds(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         return torch.arange(sequences + 1, device=labels.device) * length
     if labels.dim() != 1 and not (labels.dim() == 2 and labels.shape[0] == 1):
         raise ValueError(f"labels: expected packed [N] or [1, N] with cu_seqlens, got shape {list(labels.shape)}")
+    check_tensor("cu_seqlens", cu_seqlens, floats=False)
     if cu_seqlens.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"cu_seqlens: expected an int32 tensor, got {cu_seqlens.dtype}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:

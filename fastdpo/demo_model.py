@@ -20,7 +20,7 @@ class Settings:
     """Sizes of the demo. The words of the task are a few dozen; the vocabulary is padded with tokens that never occur,
     so that the LM head weighs in the model as it does in real ones: most of the parameters and of the time."""
 
-    seed: int = 0
+    seed: int = 1  # lr and beta were chosen on the held-out prompts of seed 0
     vocabulary: int = 16384
     hidden: int = 128
     layers: int = 3

@@ -10,7 +10,6 @@ import argparse
 import importlib.metadata
 import os
 import platform
-import shutil
 import subprocess
 import time
 from collections.abc import Sequence
@@ -105,12 +104,11 @@ def _compare(name: str, device: str, dtype: torch.dtype) -> str | None:
 
 
 def _compiler() -> str:
-    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
-        path = shutil.which(name) if name else None
-        if path:
-            try:
-                output = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20).stdout
-            except (OSError, subprocess.SubprocessError) as error:
-                return f"{path}: {error}"
-            return output.splitlines()[0] if output else path
-    return "no C++ compiler found (CXX, c++, g++, clang++)"
+    from .cpu.build import BuildError, find_compiler
+
+    try:
+        command = find_compiler()
+        output = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=20).stdout
+    except (BuildError, OSError, subprocess.SubprocessError) as error:
+        return str(error)
+    return output.splitlines()[0] if output else " ".join(command)

@@ -64,7 +64,7 @@ def row_forward(
                 # H = -sum_v p_v log p_v; where p_v = 0 the term is 0, also for z_v = -inf
                 log_p = z - lse[:, None]
                 p = log_p.exp()
-                value = -torch.where(p > 0, p * log_p, 0.0).sum(dim=1)
+                value = -torch.where(p == 0, 0.0, p * log_p).sum(dim=1)
             elif name == "log_sum_sq_probs":
                 value = torch.logsumexp(2 * z, dim=1) - 2 * lse
             else:
@@ -103,7 +103,7 @@ def row_backward(
         if grad_entropy is not None:
             assert entropy is not None
             # d(H)/dz_j = -p_j * (log p_j + H)
-            term = torch.where(p > 0, p * (log_p + entropy[block, None]), 0.0)
+            term = torch.where(p == 0, 0.0, p * (log_p + entropy[block, None]))
             grad -= grad_entropy[block, None] * term
         out[block // rows, block % rows] = (grad * slope).to(out.dtype)
 

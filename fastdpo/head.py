@@ -7,6 +7,7 @@ Everything a preference loss needs from the LM head. The kernels behind it: ops.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from torch.autograd import Function
 from . import tiles
 from .backend import choose
 from .batch import IGNORE_INDEX, flat_targets
-from .inputs import as_rows, check_linear, product_dtype
+from .inputs import as_rows, check_linear, product_dtype, rows_apart
 from .options import HeadOptions, head_options
 
 _DEFAULT = HeadOptions()
@@ -136,6 +137,18 @@ def linear_token_logps(
     return _named(LinearTokenLogpsFunction.apply(hidden, weight, labels, bias, options), options)
 
 
+def first_order(backward: Any) -> Any:
+    """A backward that raises where its result would have to be differentiated again (create_graph=True)."""
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *grads: Tensor | None) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("fastdpo: second derivatives (create_graph=True) are not supported")
+        return backward(ctx, *grads)
+
+    return checked
+
+
 class TokenLogpsFunction(Function):
     """`TokenLogpsFunction.apply(logits, labels) -> logps`: the bare drop-in, with the defaults of `token_logps`.
 
@@ -154,7 +167,7 @@ class TokenLogpsFunction(Function):
         return _outputs(ctx, by_name, labels.shape, options)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
         grad_logps, grad_entropy = _flat_grads(grads, ctx.options)
         if not ctx.needs_input_grad[0] or (grad_logps is None and grad_entropy is None):
@@ -187,7 +200,7 @@ class LinearTokenLogpsFunction(Function):
         dtype = product_dtype(hidden)
         flat = hidden.reshape(-1, hidden.shape[-1])
         kernel_stats = _kernel_stats(options)
-        ctx.saved = None
+        saved = None
         if torch.compiler.is_compiling():
             results = torch.ops.fastdpo.linear_forward(
                 *(flat, weight, bias, targets, *options.transform, kernel_stats),
@@ -196,23 +209,24 @@ class LinearTokenLogpsFunction(Function):
         else:
             head = _head(options, weight, bias, dtype, hidden.device)
             with torch.autocast(hidden.device.type, enabled=False):
-                results, ctx.saved = tiles.forward(
-                    head, flat, targets, tuple(kernel_stats), keep=any(ctx.needs_input_grad)
-                )
+                results, saved = tiles.forward(head, flat, targets, tuple(kernel_stats), keep=any(ctx.needs_input_grad))
         by_name = dict(zip(("logps", "lse", *kernel_stats), results, strict=True))
-        if ctx.saved is not None and "dropped_mass" in options.stats:
-            by_name["dropped_mass"] = tiles.dropped_mass(ctx.saved, targets)
-        ctx.save_for_backward(flat, weight, bias, targets, by_name["logps"], by_name["lse"], by_name.get("entropy"))
+        if saved is not None and "dropped_mass" in options.stats:
+            by_name["dropped_mass"] = tiles.dropped_mass(saved, targets)
+        ctx.saved_layout, kept = tiles.flatten(saved)
+        ctx.save_for_backward(
+            *(flat, weight, bias, targets, by_name["logps"], by_name["lse"], by_name.get("entropy"), *kept)
+        )
         ctx.options, ctx.shape, ctx.dtype = options, hidden.shape, dtype
         return _outputs(ctx, by_name, labels.shape, options)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_logps, grad_entropy = _flat_grads(grads, ctx.options)
         if grad_logps is None and grad_entropy is None:
             return None, None, None, None, None
-        hidden, weight, bias, targets, logps, lse, entropy = ctx.saved_tensors
+        hidden, weight, bias, targets, logps, lse, entropy, *kept = ctx.saved_tensors
         row_grads = tiles.RowGrads(targets, logps, lse, entropy, grad_logps, grad_entropy)
         options, needs = ctx.options, _linear_needs(ctx.needs_input_grad, bias)
         if torch.compiler.is_compiling():
@@ -221,9 +235,9 @@ class LinearTokenLogpsFunction(Function):
                 *(ctx.dtype, options.workspace_mb, needs, options.backend),
             )
         else:
-            saved = ctx.saved
+            saved = tiles.unflatten(ctx.saved_layout, kept)
             if saved is not None and saved.logits is not None:
-                ctx.saved = None  # overwritten below: a second backward (retain_graph) computes them again
+                ctx.saved_layout = None  # overwritten below: a second backward (retain_graph) computes them again
             head = _head(options, weight, bias, ctx.dtype, hidden.device)
             with torch.autocast(hidden.device.type, enabled=False):
                 dx, dw, db = tiles.backward(head, hidden, row_grads, saved, tuple(needs))
@@ -252,7 +266,7 @@ def _linear_needs(needs_input_grad: tuple[bool, ...], bias: Tensor | None) -> li
 def _logits_gradient(
     options: HeadOptions, rows: Tensor, row_grads: tuple[Tensor | None, ...], shape: torch.Size
 ) -> Tensor:
-    if options.inplace_backward and not torch.compiler.is_compiling():
+    if options.inplace_backward and not torch.compiler.is_compiling() and rows_apart(rows):
         torch.ops.fastdpo.row_backward_(rows, *row_grads, *options.transform, options.backend)
         return rows.view(shape)
     return torch.ops.fastdpo.row_backward(rows, *row_grads, *options.transform, options.backend).view(shape)

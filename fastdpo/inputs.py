@@ -13,9 +13,11 @@ def as_rows(logits: Tensor, labels: Tensor) -> Tensor:
         TypeError: logits are not floats.
         ValueError: labels are not shaped like logits without V.
     """
-    if not logits.is_floating_point():
-        raise TypeError(f"logits: expected a float tensor, got {logits.dtype}")
-    if logits.dim() < 2 or labels.shape != logits.shape[:-1]:
+    check_tensor("logits", logits)
+    check_tensor("labels", labels, floats=False)
+    if logits.dim() < 2:
+        raise ValueError(f"logits: expected [..., V] with at least one row dimension, got shape {list(logits.shape)}")
+    if labels.shape != logits.shape[:-1]:
         raise ValueError(
             f"labels: expected the shape of logits without its last dimension, {list(logits.shape[:-1])}, "
             f"got {list(labels.shape)}"
@@ -26,18 +28,34 @@ def as_rows(logits: Tensor, labels: Tensor) -> Tensor:
         logits = logits.contiguous()
     if logits.dim() == 2:
         return logits.unsqueeze(0)
-    return logits if logits.dim() == 3 else logits.reshape(-1, *logits.shape[-2:])
+    return logits if logits.dim() == 3 else logits.reshape(logits.shape[:-2].numel(), *logits.shape[-2:])
+
+
+def rows_apart(rows: Tensor) -> bool:
+    """Whether no two rows of `[G, R, V]` share memory (an expanded tensor's do): only then may one be overwritten."""
+    groups, count, vocab = rows.shape
+    outer, inner = rows.stride(0), rows.stride(1)
+    return (count <= 1 or inner >= vocab) and (groups <= 1 or outer >= (count - 1) * inner + vocab)
+
+
+def check_tensor(name: str, value: object, floats: bool = True) -> None:
+    """Raise TypeError for anything but a tensor (of floats)."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if floats and not value.is_floating_point():
+        raise TypeError(f"{name}: expected a float tensor, got {value.dtype}")
 
 
 def check_linear(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
     """Raise for inputs of linear_token_logps that disagree."""
     named = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
+    check_tensor("labels", labels, floats=False)
     for name, tensor in named.items():
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name}: expected a float tensor, got {tensor.dtype}")
+        check_tensor(name, tensor)
+    for name, tensor in named.items():
         if tensor.device != hidden.device:
             raise ValueError(f"{name}: expected on {hidden.device} like hidden, got {tensor.device}")
-    if weight.dim() != 2 or weight.shape[0] == 0:
+    if weight.dim() != 2 or 0 in weight.shape:
         raise ValueError(f"weight: expected [V, H], got shape {list(weight.shape)}")
     if hidden.dim() < 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(

@@ -6,12 +6,13 @@ The head knows log-probabilities only; a loss knows sequences only. To add one: 
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
+
+from .options import check_number
 
 
 class LossOptions(NamedTuple):
@@ -81,12 +82,12 @@ LOSSES: dict[str, Loss] = {"sigmoid": sigmoid, "hinge": hinge, "ipo": ipo}
 
 def check_loss(loss_type: str, options: LossOptions) -> None:
     """Raise ValueError for an unknown loss or an option outside its range."""
-    if loss_type not in LOSSES:
+    if not isinstance(loss_type, str) or loss_type not in LOSSES:
         near = difflib.get_close_matches(str(loss_type), LOSSES, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"loss_type: unknown loss {loss_type!r}, expected one of {', '.join(LOSSES)}{hint}")
-    if not (math.isfinite(options.beta) and options.beta > 0):
-        raise ValueError(f"beta: expected a finite number above 0, got {options.beta!r}")
+    check_number("beta", options.beta, above=0)
+    check_number("label_smoothing", options.label_smoothing)
     if not 0 <= options.label_smoothing < 0.5:
         raise ValueError(f"label_smoothing: expected a number in [0, 0.5), got {options.label_smoothing!r}")
 

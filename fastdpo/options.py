@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from .batch import IGNORE_INDEX
 
 STATS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs", "lse", "dropped_mass")
+INFINITY = float("inf")
 BACKENDS = ("auto", "triton", "cpu", "eager")
 
 
@@ -54,22 +54,26 @@ def head_options(
     Raises:
         ValueError: an unknown stat or backend, or a number outside its range; names the argument and its value.
     """
-    if isinstance(stats, str):
-        raise ValueError(f"stats: expected a sequence of names such as ('entropy',), got the string {stats!r}")
+    if isinstance(stats, str) or not isinstance(stats, (tuple, list)):
+        raise ValueError(f"stats: expected a sequence of names such as ('entropy',), got {stats!r}")
     for name in stats:
         if name not in STATS:
             raise ValueError(f"stats: unknown stat {name!r}, expected names among {', '.join(STATS)}")
     if backend not in BACKENDS:
         raise ValueError(f"backend: unknown backend {backend!r}, expected one of {', '.join(BACKENDS)}")
-    _positive("temperature", temperature)
+    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
+        raise TypeError(f"ignore_index: expected an int, got {ignore_index!r}")
+    for name, flag in (("shift", shift), ("inplace_backward", inplace_backward)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: expected True or False, got {flag!r}")
+    check_number("temperature", temperature, above=0)
     if softcap is not None:
-        _positive("softcap", softcap)
-    if not math.isfinite(logit_scale):
-        raise ValueError(f"logit_scale: expected a finite number, got {logit_scale!r}")
-    _positive("workspace_mb", workspace_mb)
+        check_number("softcap", softcap, above=0, hint=" (None: no softcap)")
+    check_number("logit_scale", logit_scale)
+    check_number("workspace_mb", workspace_mb, above=0)
     if grad_tol == "auto":
         tolerance = None
-    elif isinstance(grad_tol, (int, float)) and 0 <= grad_tol < 1:
+    elif isinstance(grad_tol, (int, float)) and not isinstance(grad_tol, bool) and 0 <= grad_tol < 1:
         tolerance = float(grad_tol)
     else:
         raise ValueError(f"grad_tol: expected 'auto' or a number in [0, 1), got {grad_tol!r}")
@@ -81,6 +85,13 @@ def head_options(
     )
 
 
-def _positive(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name}: expected a finite number above 0, got {value!r}")
+def check_number(name: str, value: object, above: float = -INFINITY, hint: str = "") -> None:
+    """Raise for anything but a finite Python number greater than `above`. Plain comparisons: torch.compile traces them.
+
+    A tensor is refused: its gradient would be lost, and its value would split the graph.
+    """
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}{hint}")
+    if not above < value < INFINITY:
+        bound = f" above {above:g}" if above > -INFINITY else ""
+        raise ValueError(f"{name}: expected a finite number{bound}, got {value!r}{hint}")

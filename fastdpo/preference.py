@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from .batch import IGNORE_INDEX, flat_targets, reference, sequence_bounds, shift_labels
-from .head import TokenLogps, linear_token_logps, token_logps
+from .head import TokenLogps, first_order, linear_token_logps, token_logps
 from .inputs import as_rows
 from .losses import LOSSES, LossOptions, Pairs, check_loss
-from .options import HeadOptions
+from .options import HeadOptions, head_options
 
 
 class PreferenceOutput(NamedTuple):
@@ -50,7 +50,7 @@ def dpo_loss(
     Args:
         logits: padded `[2B, T, V]`, or packed `[N, V]` or `[1, N, V]` with cu_seqlens.
         labels: `[2B, T]`, or packed `[N]` or `[1, N]`; sequences 0..B-1 chosen, B..2B-1 rejected.
-        ref_logps: reference sequence logps, float `[2B]` in the same order; None: the reference-free loss.
+        ref_logps: reference sequence logps, float `[2B]` in the same order, detached; None: the reference-free loss.
         beta: strength of the KL constraint, above 0.
         loss_type: a name in `fastdpo.losses.LOSSES`.
         label_smoothing: probability that a preference is noise, in [0, 0.5) (cDPO).
@@ -179,13 +179,14 @@ class DPOFunction(Function):
         ref = reference(ref_logps, labels.shape[0])
         targets = flat_targets(labels, logits.shape[-1])
         logps, lse = torch.ops.fastdpo.row_forward(rows, targets, *options.transform, [], options.backend)
+        ref = None if ref is None else ref.to(logps.device, logps.dtype)
         loss, _, slope = torch.ops.fastdpo.pair_sigmoid(logps, bounds, ref, beta, 0.0, options.backend)
         ctx.save_for_backward(rows, targets, logps, lse, slope)
         ctx.options, ctx.shape = options, logits.shape
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, targets, logps, lse, slope = ctx.saved_tensors
         # d loss / d logp[i] = slope of its sequence
@@ -228,7 +229,7 @@ class _PairSigmoid(Function):
         return loss, sums
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         bounds, slope = ctx.saved_tensors
         return _spread(grad * slope, bounds, ctx.positions), None, None, None, None
@@ -277,9 +278,13 @@ def _preference(
 
 
 def _check_keywords(function: Any, keywords: dict[str, Any]) -> None:
+    """Raise at construction for what would raise at the call: unknown keywords and bad values."""
     known = set(function.__kwdefaults__) - {"bias", "cu_seqlens"}
     unknown = sorted(set(keywords) - known)
     if unknown:
         raise TypeError(
             f"{unknown[0]}: not a keyword of {function.__name__}; expected some of {', '.join(sorted(known))}"
         )
+    keywords = function.__kwdefaults__ | keywords
+    check_loss(keywords["loss_type"], LossOptions(keywords["beta"], keywords["label_smoothing"]))
+    head_options(**{name: keywords[name] for name in known - {"beta", "loss_type", "label_smoothing"}})

@@ -96,6 +96,25 @@ class Saved(NamedTuple):
     tiles: list[tuple[int, int, Compact | None]]  # first row, last row + 1; None: dense
 
 
+def flatten(saved: Saved | None) -> tuple[Any, list[Tensor]]:
+    """(layout, tensors) for save_for_backward, which frees them in time and knows gradient checkpointing."""
+    if saved is None:
+        return None, []
+    tensors = [] if saved.logits is None else [saved.logits]
+    tiles = [(first, last, compact is not None) for first, last, compact in saved.tiles]
+    return (saved.logits is not None, tiles), [*tensors, *(x for tile in saved.tiles for x in tile[2] or ())]
+
+
+def unflatten(layout: Any, tensors: list[Tensor]) -> Saved | None:
+    if layout is None:
+        return None
+    has_logits, tiles = layout
+    rest = iter(tensors)
+    # .data: the backward's overwriting is its own affair, not autograd's
+    logits = next(rest).data if has_logits else None
+    return Saved(logits, [(a, b, Compact(*(next(rest) for _ in range(4))) if kept else None) for a, b, kept in tiles])
+
+
 def forward(
     head: Head,
     hidden: Tensor,  # [N, H]
@@ -122,7 +141,9 @@ def forward(
         # Where most tiles turn out dense, the search for columns is not worth its time
         tol = head.grad_tol if compact and 2 * dense <= len(tiles) + 1 else 0.0
         if streams:
-            results, kept = head.kernels.stream_tile(tile_x, head.weight, head.bias, tile_y, head.transform, stats, tol)
+            results, kept = head.kernels.stream_tile(
+                tile_x, head.weight, head.bias, tile_y, head.transform, stats, tol, head.workspace_mb
+            )
         else:
             logits = buffer[: len(tile_x)]
             head.logits(tile_x, 0, vocab, logits)

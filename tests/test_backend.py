@@ -63,9 +63,18 @@ def test_a_failing_compiler_names_its_log(tmp_path: Path) -> None:
     compiler.chmod(0o755)
     code = "from fastdpo.backend import load; print(load('cpu'))"
     done = run(code, FASTDPO_CACHE=str(tmp_path / "cache"), CXX=str(compiler))
-    assert f"the C++ build failed with {compiler}; its output is in {tmp_path / 'cache' / 'build.log'}" in done.stdout
-    assert "this compiler is broken" in (tmp_path / "cache" / "build.log").read_text()
-    assert [p.name for p in (tmp_path / "cache").iterdir()] == ["build.log"]  # nothing half built is left
+    (log,) = (tmp_path / "cache").iterdir()  # nothing half built is left
+    assert f"the C++ build failed with {compiler}; its output is in {log}" in done.stdout
+    assert "this compiler is broken" in log.read_text()
+    wrong = run(code, FASTDPO_CACHE=str(tmp_path / "cache"), CXX="/nowhere/c++ -O2")
+    assert "no C++ compiler found: CXX='/nowhere/c++ -O2' is not a program" in wrong.stdout
+
+
+@pytest.mark.skipif(isinstance(load("cpu"), str), reason="no C++ compiler")
+def test_a_built_library_needs_no_compiler(tmp_path: Path) -> None:
+    code = "from fastdpo.backend import load; print(load('cpu'))"
+    done = run(code, PATH=str(tmp_path), CXX="")
+    assert "module 'fastdpo.cpu'" in done.stdout
 
 
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="this CPU has no AVX-512 to do without")

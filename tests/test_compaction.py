@@ -185,13 +185,13 @@ def test_streamed_tile(vocab: int, tokens: int, weight_dtype: torch.dtype, trans
     labels[-1] = (logits[-1] * transform.logit_scale).argmax()
     truth = eager.row_forward(logits[None], labels, transform, stats)
     plain = eager.row_forward(logits.float()[None], labels, transform, stats)
-    results, compact = cpu.stream_tile(hidden, weight, bias, labels, transform, stats, TOL)
+    results, compact = cpu.stream_tile(hidden, weight, bias, labels, transform, stats, TOL, 256.0)
     for name, result, true, yardstick in zip(("logps", "lse", *stats), results, truth, plain, strict=True):
         if name == "is_top1":
             assert torch.equal(result, true)
         else:
             assert_close(result, true, yardstick, unit=10)
-    again, nothing = cpu.stream_tile(hidden, weight, bias, labels, transform, (), 0.0)
+    again, nothing = cpu.stream_tile(hidden, weight, bias, labels, transform, (), 0.0, 256.0)
     assert nothing is None
     assert_close(again[0], truth[0], plain[0], unit=10)
     if compact is not None:
@@ -215,7 +215,9 @@ def test_streamed_extremes() -> None:
     logits = hidden.double() @ weight.double().T + bias.double()
     labels[:10] = logits[:10].nan_to_num(neginf=0).argmin(1)
     truth = eager.row_forward(logits[None], labels, Transform(), ("entropy",))
-    (logps, lse, entropy), compact = cpu.stream_tile(hidden, weight, bias, labels, Transform(), ("entropy",), TOL)
+    (logps, lse, entropy), compact = cpu.stream_tile(
+        hidden, weight, bias, labels, Transform(), ("entropy",), TOL, 256.0
+    )
     torch.testing.assert_close(logps.double(), truth[0], rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(lse.double(), truth[1], rtol=1e-6, atol=1e-4)
     torch.testing.assert_close(entropy.double(), truth[2], rtol=1e-3, atol=1e-3)

@@ -39,6 +39,16 @@ def test_compiles_without_graph_break(loss_type: str) -> None:
         torch.testing.assert_close(grad, true, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.skipif(NO_COMPILER, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiles_with_dynamic_numbers() -> None:
+    """A beta schedule, and dynamic shapes: floats become symbols in the graph."""
+    hidden, weight, labels, ref = batch()
+    logits = (hidden @ weight.T).detach()
+    compiled = torch.compile(lambda x, beta: dpo_loss(x, labels, ref, beta=beta).loss, fullgraph=True, dynamic=True)
+    for beta in (0.1, 0.2, 0.3):
+        torch.testing.assert_close(compiled(logits, beta), dpo_loss(logits, labels, ref, beta=beta).loss)
+
+
 def test_opcheck(backend: str) -> None:
     hidden, weight, labels, ref = (x.detach() for x in batch())
     ops = torch.ops.fastdpo

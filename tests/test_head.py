@@ -293,3 +293,87 @@ def bad(label: int) -> Tensor:
 def test_errors(call, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def test_overlapping_logits_are_not_overwritten(backend: str) -> None:
+    """Expanded logits share memory between rows: the gradient goes to a tensor of its own."""
+    leaf = torch.randn(1, 6, 50, requires_grad=True)
+    labels = torch.randint(0, 50, (2, 6))
+    grads = []
+    for inplace in (False, True):
+        logits = (leaf * 1).expand(2, 6, 50)
+        logps = token_logps(logits, labels, inplace_backward=inplace, backend=backend).logps
+        grads.append(torch.autograd.grad(logps.sum(), leaf)[0])
+    assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("stats", [(), ("entropy", "is_top1")], ids=["plain", "stats"])
+def test_nan_is_not_swallowed(backend: str, dtype: torch.dtype, stats: tuple[str, ...]) -> None:
+    skip_unfit(backend, dtype)
+    h, w, labels = inputs(dtype)
+    with torch.no_grad():
+        w[700] = float("nan")
+    out = linear_token_logps(h, w, labels, stats=stats, backend=backend)
+    counted = labels != -100
+    assert out.logps[counted].isnan().all()
+    assert not stats or out.entropy[counted].isnan().all()
+    out.logps.sum().backward()
+    assert h.grad[counted].isnan().any()
+
+
+def test_second_derivatives_raise() -> None:
+    h, w, labels = inputs()
+    for loss in (
+        linear_token_logps(h, w, labels).logps.sum(),
+        token_logps(h @ w.T, labels).logps.sum(),
+        fastdpo.dpo_loss(h @ w.T, labels).loss,
+    ):
+        with pytest.raises(RuntimeError, match=r"second derivatives \(create_graph=True\) are not supported"):
+            torch.autograd.grad(loss, h, create_graph=True)
+
+
+def test_the_saved_columns_are_freed_with_the_graph() -> None:
+    """Through save_for_backward: nothing of the forward outlives its backward, and checkpointing keeps nothing."""
+    h, w, labels = (x.bfloat16() if x.is_floating_point() else x for x in inputs())
+    logps = linear_token_logps(h.detach().requires_grad_(), w.detach().requires_grad_(), labels, grad_tol=0.01).logps
+    node = logps.grad_fn
+    assert node.saved_layout is not None
+    logps.sum().backward()
+    with pytest.raises(RuntimeError, match="after they have already been freed"):
+        _ = node.saved_tensors
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_exact_mode_is_no_worse_than_plain(dtype: torch.dtype) -> None:
+    """grad_tol=0, the entropy's gradient, recomputation: against plain PyTorch in the same dtype, on peaked rows."""
+    h, w, labels = inputs(dtype, hidden=64)
+    for stat in ("logps", "entropy"):
+        truth_h = h.detach().double().requires_grad_()
+        index = 0 if stat == "logps" else 1
+        truth = torch.autograd.grad(reference(truth_h @ w.double().T, labels)[index].sum(), truth_h)[0]
+        plain = torch.autograd.grad(reference(h @ w.T, labels)[index].sum(), h)[0]
+        for workspace_mb in (256, 0.05):
+            out = linear_token_logps(h, w, labels, stats=("entropy",), grad_tol=0, workspace_mb=workspace_mb)
+            result = torch.autograd.grad(getattr(out, stat).sum(), h)[0]
+            assert_close(result, truth, plain, unit=10)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: token_logps(None, bad(0)), "logits: expected a tensor, got NoneType"),
+        (lambda: token_logps(torch.randn(2, 3, 7), [0]), "labels: expected a tensor, got list"),
+        (lambda: linear_token_logps(torch.randn(2, 3, 4), None, bad(0)), "weight: expected a tensor, got NoneType"),
+        (lambda: token_logps(torch.randn(2, 3, 7), bad(0), temperature="1"), "temperature: expected a number, got str"),
+        (lambda: token_logps(torch.randn(2, 3, 7), bad(0), ignore_index=1.5), "ignore_index: expected an int, got 1.5"),
+        (lambda: token_logps(torch.randn(2, 3, 7), bad(0), shift="no"), "shift: expected True or False, got 'no'"),
+        (
+            lambda: fastdpo.dpo_loss(torch.randn(2, 3, 7), bad(0), beta=torch.tensor(0.1)),
+            "beta: expected a number, got Tensor",
+        ),
+    ],
+)
+def test_wrong_types(call, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        call()

@@ -167,6 +167,10 @@ def test_modules() -> None:
     assert "beta=0.3" in repr(module)
     from_logits = fastdpo.DPOLoss(beta=0.3, loss_type="hinge")(hidden @ weight.T, labels, ref)
     assert torch.equal(from_logits.loss, dpo_loss(hidden @ weight.T, labels, ref, beta=0.3, loss_type="hinge").loss)
+    with pytest.raises(ValueError, match="unknown loss 'nope'"):
+        fastdpo.DPOLoss(loss_type="nope")
+    with pytest.raises(ValueError, match="unknown stat 'x'"):
+        fastdpo.LinearDPOLoss(stats=("x",))
     with pytest.raises(TypeError, match=r"betas: not a keyword of dpo_loss; expected some of .*beta"):
         fastdpo.DPOLoss(betas=0.1)
 

@@ -55,7 +55,11 @@ class TokenLogpFunction:
     """What TRL finds in place of its `ChunkedLogProbFunction`: an object whose `apply` has the same arguments."""
 
     def __init__(self, **head_keywords: Any) -> None:
-        head_options(**head_keywords)  # a bad keyword raises here, not in the first step
+        # A bad keyword raises here, not in the first step. TRL says all the others itself, at each call
+        for name in head_keywords:
+            if name not in ("grad_tol", "workspace_mb", "backend"):
+                raise TypeError(f"{name}: not a keyword of patch(); expected some of grad_tol, workspace_mb, backend")
+        head_options(**head_keywords)
         self.head_keywords = head_keywords
 
     def apply(

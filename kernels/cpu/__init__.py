@@ -84,14 +84,15 @@ def stream_tile(
     transform: Transform,
     stats: tuple[str, ...],
     grad_tol: float,
+    workspace_mb: float,
 ) -> tuple[list[Tensor], Compact | None]:
     """row_forward's results straight from hidden states (float32 logits, never as a whole); and the kept columns.
 
-    None in their place where grad_tol is 0 or the softmax is not sparse enough.
+    None in their place where grad_tol is 0 or the softmax is not sparse enough (or the workspace too small to see it).
     """
     bias = None if bias is None else bias.float().contiguous()
     out = torch.ops.fastdpo_cpu.stream_forward(
-        hidden.contiguous(), weight, bias, targets, *transform, bool(stats), grad_tol
+        hidden.contiguous(), weight, bias, targets, *transform, bool(stats), grad_tol, workspace_mb
     )
     *results, columns, probs, dropped, mean_row = out
     compact = Compact(columns, probs, dropped, mean_row) if len(columns) else None

@@ -130,12 +130,12 @@ Tensor streamed_gradient(
 // row results as forward(), then columns int32 [k], probs bf16 [k, n], dropped [n], mean_row [H]; k = 0: dense
 std::vector<Tensor> stream(
     const Tensor& hidden, const Tensor& weight, const OptTensor& bias, const Tensor& targets, double logit_scale,
-    std::optional<double> softcap, double temperature, bool stats, double grad_tol) {
+    std::optional<double> softcap, double temperature, bool stats, double grad_tol, double workspace_mb) {
   const int64_t n = hidden.size(0), width = hidden.size(1);
   const auto in = stream_inputs(hidden, weight, bias, targets, {logit_scale, softcap, temperature});
   auto [out, results] = row_results(hidden, n, stats);
   Compact compact;
-  stream_forward(in, grad_tol, results, compact);
+  stream_forward(in, grad_tol, workspace_mb, results, compact);
   const int64_t k = int64_t(compact.columns.size());
   compact.dropped.resize(n);
   compact.mean_row.resize(width);
@@ -208,7 +208,7 @@ TORCH_LIBRARY(fastdpo_cpu, m) {
   m.def("streams() -> bool", streams);
   m.def(
       "stream_forward(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float logit_scale, float? softcap, "
-      "float temperature, bool stats, float grad_tol) -> Tensor[]",
+      "float temperature, bool stats, float grad_tol, float workspace_mb) -> Tensor[]",
       stream);
   m.def(
       "compact_gradient(Tensor probs, Tensor columns, Tensor targets, Tensor logps, Tensor lse, Tensor grad_logps, "

@@ -1,7 +1,7 @@
 """Builds the C++ library once, on first use, with ninja; afterwards it is only loaded.
 
-The library lies in the user's cache, in a folder named by everything that it depends on: sources, torch, compiler,
-flags, the CPU's features. Builds happen in a folder of their own and are renamed into place: several processes may
+The library lies in the user's cache, in a folder named by everything that it depends on: sources, torch, flags, the
+CPU's features. Builds happen in a folder of their own and are renamed into place: several processes may
 build at once, and one that is killed leaves nothing behind that another could wait for or load.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -42,16 +43,15 @@ def library() -> Path:
     Raises:
         BuildError: no C++ compiler, or the build failed.
     """
-    compiler = find_compiler()
-    if compiler is None:
-        raise BuildError("no C++ compiler found (looked for $CXX, c++, g++, clang++)")
     flags = compile_flags()
-    folder = cache_folder() / f"cpu-{_key(compiler, flags)}"
+    key = _key(flags)
+    folder = cache_folder() / f"cpu-{key}"
     target = folder / "fastdpo_cpu.so"
     if not target.exists():
+        compiler = find_compiler()
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix="building-") as temporary:
-            _build(Path(temporary), compiler, flags)
+            _build(Path(temporary), compiler, flags, cache_folder() / f"build-{key}.log")
             folder.mkdir(exist_ok=True)
             os.replace(Path(temporary) / target.name, target)
     return target
@@ -64,10 +64,21 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastdpo"
 
 
-def find_compiler() -> str | None:
-    """$CXX or the first of the usual names on the PATH."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    return next((path for path in map(shutil.which, names) if path), None)
+def find_compiler() -> list[str]:
+    """$CXX, a program and perhaps its arguments ("ccache g++"); or the first of the usual names on the PATH.
+
+    Raises:
+        BuildError: there is none.
+    """
+    if given := os.environ.get("CXX"):
+        words = shlex.split(given)
+        if shutil.which(words[0]) is None:
+            raise BuildError(f"no C++ compiler found: CXX={given!r} is not a program")
+        return words
+    for name in ("c++", "g++", "clang++"):
+        if path := shutil.which(name):
+            return [path]
+    raise BuildError("no C++ compiler found (looked for $CXX, c++, g++, clang++)")
 
 
 def compile_flags() -> list[str]:
@@ -84,12 +95,12 @@ def compile_flags() -> list[str]:
     return flags
 
 
-def _key(compiler: str, flags: list[str]) -> str:
+def _key(flags: list[str]) -> str:
+    # Not the compiler: a machine without one may use what another built
     digest = hashlib.sha256()
     for name in (*SOURCES, *HEADERS):
         digest.update((HERE / name).read_bytes())
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    for part in (torch.__version__, compiler, version, *flags, _cpu_features()):
+    for part in (torch.__version__, *flags, _cpu_features()):
         digest.update(f"{part}\0".encode())
     return digest.hexdigest()[:16]
 
@@ -103,16 +114,16 @@ def _cpu_features() -> str:
     return next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
 
 
-def _build(folder: Path, compiler: str, flags: list[str]) -> None:
+def _build(folder: Path, compiler: list[str], flags: list[str], log: Path) -> None:
     import ninja
 
     lib = Path(torch.__path__[0]) / "lib"
     objects = [source.replace(".cpp", ".o") for source in SOURCES]
     lines = [
-        f"cxx = {_escape(compiler)}",
-        f"flags = {' '.join(_escape(f) for f in flags)}",
+        f"cxx = {_words(compiler)}",
+        f"flags = {_words(flags)}",
         "rule compile\n  command = $cxx $flags -c $in -o $out",
-        f"rule link\n  command = $cxx -shared $in -o $out -L{_escape(str(lib))} -lc10 -ltorch_cpu -ltorch"
+        f"rule link\n  command = $cxx -shared $in -o $out {_words([f'-L{lib}'])} -lc10 -ltorch_cpu -ltorch"
         + (" -fopenmp" if "-fopenmp" in flags else ""),
         *(f"build {o}: compile {_escape(str(HERE / s))}" for o, s in zip(objects, SOURCES, strict=True)),
         f"build fastdpo_cpu.so: link {' '.join(objects)}",
@@ -120,10 +131,15 @@ def _build(folder: Path, compiler: str, flags: list[str]) -> None:
     (folder / "build.ninja").write_text("\n".join(lines) + "\n")
     done = subprocess.run([Path(ninja.BIN_DIR) / "ninja"], cwd=folder, capture_output=True, text=True)
     if done.returncode:
-        log = cache_folder() / "build.log"
         log.write_text(done.stdout + done.stderr)
-        raise BuildError(f"the C++ build failed with {compiler}; its output is in {log}")
+        raise BuildError(f"the C++ build failed with {' '.join(compiler)}; its output is in {log}")
+
+
+def _words(words: list[str]) -> str:
+    """For a command line of ninja, which hands it to a shell."""
+    return " ".join(map(shlex.quote, words)).replace("$", "$$")
 
 
 def _escape(path: str) -> str:
+    """For a path of ninja's own syntax."""
     return path.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")

@@ -1,4 +1,4 @@
-// What the three kernel files offer to bindings.cpp. Symbols as in fastdpo/eager.py, the specification:
+// What the kernel files offer to bindings.cpp. Symbols as in fastdpo/eager.py, the specification:
 // z = softcap * tanh(raw * logit_scale / softcap) / temperature, y the target, p = softmax(z), lse = logsumexp(z).
 #pragma once
 

@@ -37,7 +37,7 @@ constexpr int64_t kChunk = 1024;  // rows of weight a task
 constexpr int64_t kProbe = 4;  // chunks that only raise the bound
 constexpr int64_t kWave = 32;  // chunks between two rises of the bound
 constexpr double kSlack = 256;  // eps = grad_tol / kSlack
-constexpr double kCandidates = 0.4;  // of V: with more the tile is dense, and the search ends (256 tokens: 105 MB)
+constexpr double kCandidates = 0.4;  // of V: with more the tile is dense, and the search ends
 constexpr double kDense = 0.25;  // of V: keeping more would cost more than it saves
 constexpr float kOverflow = 60;  // x - m beyond this: m rises at once
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -219,7 +219,7 @@ struct Streamer {
       for (int c = 0; c < kCount; ++c) {
         F above = F::loadu(x + c * padded + i);
         if constexpr (kStats)
-          above = larger(above, F(-200.f));
+          above = larger(F(-200.f), above);  // in this order a NaN stays
         const F e = exp2(above);
         s = s + e;
         if constexpr (kCollect) {
@@ -384,7 +384,8 @@ void choose(const S& streamer, std::vector<Chunk>& chunks, const std::vector<flo
 }
 
 template <typename W, bool kSoftcap, bool kStats>
-void run(const StreamInputs& in, double grad_tol, const RowResults& out, Compact& compact) {
+void run(
+    const StreamInputs& in, double grad_tol, double workspace_mb, const RowResults& out, Compact& compact) {
   Tile tile(in);
   const Streamer<W, kSoftcap, kStats> streamer(tile, grad_tol);
   const int64_t n = in.n, count = (in.vocab + kChunk - 1) / kChunk;
@@ -421,6 +422,9 @@ void run(const StreamInputs& in, double grad_tol, const RowResults& out, Compact
     for (int64_t i = 0; i < n; ++i)
       tile.bound[i] = float(probed.m[i] + std::max(0., std::log2(probed.s[i])));
   }
+  // Their x may take half of the workspace: vectors grow by doubling
+  const double fit = workspace_mb * 0x1p20 / 2 / double(sizeof(float) * tile.padded);
+  const int64_t most_candidates = int64_t(std::min(kCandidates * double(in.vocab), fit));
   int64_t candidates = 0;
   for (int64_t from = 0; from < count; from += kWave) {
     const int64_t to = std::min(count, from + kWave);
@@ -439,7 +443,7 @@ void run(const StreamInputs& in, double grad_tol, const RowResults& out, Compact
       candidates += int64_t(chunks[c].columns.size());
     }
     raise_bound();
-    if (collect && double(candidates) > kCandidates * double(in.vocab)) {
+    if (collect && candidates > most_candidates) {
       collect = false;
       for (auto& chunk : chunks)
         chunk.x = {};
@@ -466,22 +470,26 @@ void run(const StreamInputs& in, double grad_tol, const RowResults& out, Compact
       dropped += all.dropped[i] / all.s[i];
     return dropped;
   }();
-  if (collect && budget >= 0)
+  // A NaN or infinite lse has no order of masses to choose by; a NaN budget fails the comparison
+  const bool finite = std::all_of(lse2.begin(), lse2.begin() + n, [](float x) { return std::isfinite(x); });
+  if (collect && finite && budget >= 0)
     choose(streamer, chunks, lse2, all, budget, compact);
 }
 
 template <typename W>
-void dispatch(const StreamInputs& in, double grad_tol, const RowResults& out, Compact& compact) {
+void dispatch(
+    const StreamInputs& in, double grad_tol, double workspace_mb, const RowResults& out, Compact& compact) {
   const bool stats = out.entropy != nullptr;
   const auto function = in.transform.softcap ? (stats ? run<W, true, true> : run<W, true, false>)
                                              : (stats ? run<W, false, true> : run<W, false, false>);
-  function(in, grad_tol, out, compact);
+  function(in, grad_tol, workspace_mb, out, compact);
 }
 
 }  // namespace
 
-void stream_forward(const StreamInputs& in, double grad_tol, const RowResults& out, Compact& compact) {
-  (in.float_weight ? dispatch<float> : dispatch<BFloat16>)(in, grad_tol, out, compact);
+void stream_forward(
+    const StreamInputs& in, double grad_tol, double workspace_mb, const RowResults& out, Compact& compact) {
+  (in.float_weight ? dispatch<float> : dispatch<BFloat16>)(in, grad_tol, workspace_mb, out, compact);
 }
 
 }  // namespace fastdpo

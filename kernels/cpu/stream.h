@@ -29,8 +29,10 @@ struct Compact {
   std::vector<float> mean_row;  // [H] mean of the dropped rows of weight, by their mass
 };
 
-// Dropped: at most grad_tol * n in sum. grad_tol = 0: nothing is kept, `compact` stays as it is.
-void stream_forward(const StreamInputs&, double grad_tol, const RowResults&, Compact& compact);
+// Dropped: at most grad_tol * n in sum. grad_tol = 0: nothing is kept, `compact` stays as it is. workspace_mb bounds
+// what the search for columns may hold; a tile that needs more is dense.
+void stream_forward(
+    const StreamInputs&, double grad_tol, double workspace_mb, const RowResults&, Compact& compact);
 
 // d(sum grad_logps*logps + grad_entropy*entropy) / d(raw logits of columns first .. last-1), transposed: out [last-first, n]
 void stream_gradient(const StreamInputs&, const RowGrads&, int64_t first, int64_t last, c10::BFloat16* out);
