@@ -100,7 +100,10 @@ def compact_tile(
     probs = kernels.column_probs(logits, lse, columns, transform)
     dropped = (1 - probs.sum(0, dtype=torch.float32)).clamp(min=0)
     rest = mass.index_fill(0, columns.long(), 0)
-    mean_row = torch.mv(weight.t(), rest.to(weight.dtype)).float() / rest.sum().clamp(min=1e-30)
+    # In float32 by blocks of rows: the masses are too small for fp16, and weight is too large to be copied whole
+    step = max(1, _SUM_BYTES // (4 * weight.shape[1]))
+    blocks = zip(weight.split(step), rest.split(step), strict=True)
+    mean_row = sum(part @ rows.to(rest.dtype) for rows, part in blocks) / rest.sum().clamp(min=1e-30)
     return Compact(columns, probs, dropped, mean_row)
 
 

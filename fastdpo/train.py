@@ -65,6 +65,8 @@ def parse(argv: Sequence[str] | None) -> tuple[FastDPOArguments, Any, Any, Any, 
         parsed: Any = parser.parse_args_and_config(args=argv)
     except FileNotFoundError as error:
         raise DataError(f"--config {error.filename}: no such file, expected YAML") from None
+    except ValueError as error:  # an unknown argument, or a value that DPOConfig refuses
+        raise DataError(str(error)) from None
     return parsed
 
 
@@ -92,9 +94,12 @@ def run(own: FastDPOArguments, script: Any, config: Any, model: Any, mixture: An
         "dtype": model.dtype,
         **(config.model_init_kwargs or {}),
     }
-    processor = AutoProcessor.from_pretrained(
-        model.model_name_or_path, revision=model.model_revision, trust_remote_code=config.trust_remote_code
-    )
+    try:
+        processor = AutoProcessor.from_pretrained(
+            model.model_name_or_path, revision=model.model_revision, trust_remote_code=config.trust_remote_code
+        )
+    except OSError as error:
+        raise DataError(f"--model_name_or_path {model.model_name_or_path}: {error}") from None
     _give_chat_template(processor, train_data)
 
     output = Path(config.output_dir)

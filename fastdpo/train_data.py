@@ -24,18 +24,21 @@ def read_pairs(path: str | Path) -> Dataset:
         DataError: a missing or empty file; a line that is not a JSON object, lacks a column or differs from the first.
     """
     from datasets import Dataset
+    from pyarrow.lib import ArrowInvalid, ArrowTypeError
 
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file, expected JSON lines with prompt, chosen and rejected")
     rows: list[dict[str, Any]] = []
     kinds: dict[str, str] = {}
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path}, line {number}: not UTF-8: {error}") from None
             except json.JSONDecodeError as error:
                 raise DataError(f"{path}, line {number}: not JSON: {error}") from None
             found = _kinds(row, f"{path}, line {number}")
@@ -45,7 +48,10 @@ def read_pairs(path: str | Path) -> Dataset:
             rows.append(row)
     if not rows:
         raise DataError(f"{path}: has no pairs, expected one JSON object per line")
-    return Dataset.from_list(rows)
+    try:
+        return Dataset.from_list(rows)
+    except (ArrowInvalid, ArrowTypeError) as error:
+        raise DataError(f"{path}: a column holds values of different types: {error}") from None
 
 
 def _kinds(row: Any, where: str) -> dict[str, str]:

@@ -176,6 +176,7 @@ GOOD = json.dumps(ROWS[0])
     [
         (None, "no such file"),
         ("", "has no pairs"),
+        (f"{GOOD}\n\xe9\n", "line 2: not UTF-8"),
         (f"{GOOD}\n\n{{'prompt': 1}}\n", "line 3: not JSON"),
         (f"{GOOD}\n[1]\n", "line 2: expected a JSON object, got list"),
         ('{"prompt": "a", "chosen": "b"}', "line 1: missing column rejected; has prompt, chosen"),
@@ -187,7 +188,7 @@ GOOD = json.dumps(ROWS[0])
 def test_bad_data(tiny, tmp_path, capsys, content, message):
     path = tmp_path / "pairs.jsonl"
     if content is not None:
-        path.write_text(content)
+        path.write_bytes(content.encode("latin-1"))
     assert cli.main(train_arguments(tiny, str(path), tmp_path / "out")) == 1
     err = capsys.readouterr().err
     assert f"{path}" in err
@@ -203,6 +204,8 @@ def test_bad_arguments(tiny, tmp_path, capsys):
         (["train", "--model_name_or_path", tiny], "--data: expected --data FILE.jsonl"),
         (train_arguments(tiny, data, tmp_path, "--dataset_name", "x"), "got both"),
         (train_arguments(tiny, data, tmp_path, "--config", str(tmp_path / "none.yaml")), "no such file, expected YAML"),
+        (train_arguments(str(tmp_path / "no-model"), data, tmp_path), "--model_name_or_path"),
+        (train_arguments(tiny, data, tmp_path, "--nonsense", "3"), "--nonsense"),
         (train_arguments(tiny, data, tmp_path, "--eval_strategy", "epoch"), "needs --eval_data or --test_split_size"),
     ]
     for arguments, message in cases:

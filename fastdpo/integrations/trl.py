@@ -151,6 +151,7 @@ def unpatch() -> None:
 def patched(**head_keywords: Any) -> Iterator[None]:
     """`patch()` for the length of a with-block, which restores exactly what was there before; nests.
 
+    For one trainer at a time: TRL's names are the process's, so trainers in several threads would undo each other.
     Arguments and errors: as `patch`. A `patch()` or `unpatch()` inside the block lasts until its end.
     """
     global _before_patch
