@@ -33,7 +33,7 @@ class Compact(NamedTuple):
 
     columns: Tensor  # int32 [k], ascending
     probs: Tensor  # [k, n], the products' dtype
-    dropped: Tensor  # [n] float32, t
+    dropped: Tensor  # [n] float32 (float64 from float64), t
     mean_row: Tensor  # [H] float32, w
 
 
@@ -97,8 +97,7 @@ def compact_tile(
     columns = choose_columns(mass, targets, grad_tol * len(targets))
     if len(columns) > DENSE_SHARE * len(mass):
         return None
-    probs = kernels.column_probs(logits, lse, columns, transform)
-    dropped = (1 - probs.sum(0, dtype=torch.float32)).clamp(min=0)
+    probs, dropped = kernels.column_probs(logits, lse, columns, transform)
     rest = mass.index_fill(0, columns.long(), 0)
     # In float32 by blocks of rows: the masses are too small for fp16, and weight is too large to be copied whole
     step = max(1, _SUM_BYTES // (4 * weight.shape[1]))

@@ -122,10 +122,13 @@ def column_mass(logits: Tensor, lse: Tensor, transform: Transform) -> Tensor:
     return mass
 
 
-def column_probs(logits: Tensor, lse: Tensor, columns: Tensor, transform: Transform) -> Tensor:
-    """logits `[n, V]`, lse `[n]`, columns int32 `[k]` -> softmax of those columns, `[k, n]` in logits' dtype."""
+def column_probs(logits: Tensor, lse: Tensor, columns: Tensor, transform: Transform) -> tuple[Tensor, Tensor]:
+    """logits `[n, V]`, lse `[n]`, columns int32 `[k]` -> softmax of those columns, `[k, n]` in logits' dtype; and the
+    probability outside of them, `[n]`, from before that rounding."""
     z, _ = _transformed(logits[:, columns], transform)
-    return (z - lse[:, None]).exp().t().to(logits.dtype, memory_format=torch.contiguous_format)
+    p = (z - lse[:, None]).exp()
+    dropped = (1 - p.sum(1, dtype=torch.float64)).clamp(min=0).to(p.dtype)
+    return p.t().to(logits.dtype, memory_format=torch.contiguous_format), dropped
 
 
 def compact_gradient(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from close import assert_close
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -62,7 +62,8 @@ def test_close_to_exact(backend: str, dtype: torch.dtype, keywords: dict) -> Non
     assert dx[~counted].count_nonzero() == 0
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=50, deadline=None, derandomize=True)
+@example(tokens=1, sharp=4.0, tol=0.03125, softcap=None, seed=17)  # dropped mass of 2e-8, lost by a float32 sum
 @given(
     tokens=st.integers(1, 40),
     sharp=st.floats(0.5, 4.0),
