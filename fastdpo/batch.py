@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .inputs import check_tensor
+from .inputs import check_tensor, result_dtype
 
 IGNORE_INDEX = -100
 IGNORED = -1  # what kernels read in place of ignore_index
@@ -154,11 +154,9 @@ def _reference(ref_logps: Tensor) -> Tensor:
         raise ValueError(
             f"ref_logps: expected finite numbers, got {float(ref_logps[position])} for sequence {position}"
         )
-    dtype = torch.float64 if ref_logps.dtype == torch.float64 else torch.float32
-    return ref_logps.to(dtype, copy=True)
+    return ref_logps.to(result_dtype(ref_logps.dtype), copy=True)
 
 
 @_reference.register_fake
 def _(ref_logps: Tensor) -> Tensor:
-    dtype = torch.float64 if ref_logps.dtype == torch.float64 else torch.float32
-    return torch.empty_like(ref_logps, dtype=dtype)
+    return torch.empty_like(ref_logps, dtype=result_dtype(ref_logps.dtype))

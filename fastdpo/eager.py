@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .inputs import result_dtype
 from .losses import LossOptions, Pairs, sigmoid
 from .options import Transform
 
@@ -21,14 +22,10 @@ def unavailable() -> str | None:
     return None
 
 
-def _result_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _transformed(raw: Tensor, transform: Transform) -> tuple[Tensor, Tensor | float]:
     """(z, dz/draw), both in the result dtype: z = softcap * tanh(raw * scale / softcap) / temperature."""
     scale, softcap, temperature = transform
-    z = raw.to(_result_dtype(raw.dtype))
+    z = raw.to(result_dtype(raw.dtype))
     if softcap is None:
         return z * (scale / temperature), scale / temperature
     t = torch.tanh(z * (scale / softcap))
@@ -44,7 +41,7 @@ def row_forward(
 ) -> list[Tensor]:
     """logps, lse and the stats asked for, in their order, each `[G*R]` float32 (is_top1: bool)."""
     _groups, rows, vocab = logits.shape
-    dtype = _result_dtype(logits.dtype)
+    dtype = result_dtype(logits.dtype)
     names = ("logps", "lse", *stats)
     out = [targets.new_zeros(targets.shape, dtype=torch.bool if n == "is_top1" else dtype) for n in names]
     for block in _row_blocks(targets, vocab):
@@ -141,7 +138,7 @@ def compact_gradient(
     transform: Transform,
 ) -> Tensor:
     """d(sum grad_logps*logps) / d(raw logits[:, columns]), transposed: `[k, n]` in the dtype of probs."""
-    p = probs.to(_result_dtype(probs.dtype))
+    p = probs.to(result_dtype(probs.dtype))
     # d(logp)/dz_j = 1[j = y] - p_j
     grad = -grad_logps * p
     slot = torch.searchsorted(columns, targets.to(columns.dtype)).clamp(max=len(columns) - 1)

@@ -70,6 +70,11 @@ def check_linear(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | 
         raise ValueError(f"bias: expected [V] = [{weight.shape[0]}], got shape {list(bias.shape)}")
 
 
+def result_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of logps, statistics, losses and sums: float32, or float64 for float64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def product_dtype(hidden: Tensor) -> torch.dtype:
     """autocast's dtype under autocast (which leaves float64 alone), else hidden's."""
     device = hidden.device.type

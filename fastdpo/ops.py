@@ -11,14 +11,10 @@ from torch import Tensor
 
 from . import tiles
 from .backend import choose
+from .inputs import result_dtype
 from .options import Transform
 
 _TRANSFORM = "float logit_scale, float? softcap, float temperature"
-
-
-def result_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of logps, statistics and losses: float32, or float64 for float64 inputs."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _empty_results(like: Tensor, rows: int, dtype: torch.dtype, stats: list[str]) -> list[Tensor]:

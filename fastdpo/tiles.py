@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import compaction
 from .compaction import Compact
+from .inputs import result_dtype
 from .options import Transform
 
 # Tokens a compact tile: more tokens share a column, fewer leave more columns empty. 256 keeps 3 to 7% of Gemma 3's
@@ -129,14 +130,15 @@ def forward(
     compact, streams = keep and head.grad_tol > 0, head.streams()
     fits = len(x) * vocab * head.dtype.itemsize <= head.workspace_mb * 2**20
     whole = keep and not compact and not streams and fits
-    step = _COMPACT_TOKENS if compact or streams else len(x) if whole else head.tile(vocab, len(x))
-    if not streams:
-        step = min(step, head.tile(vocab, max(1, len(x)))) if not whole else step
-        buffer = x.new_empty((min(max(1, step), len(x)), vocab))
+    # Tokens a tile: as many logits as the workspace holds, where there are any; as few as compaction wants
+    step = max(1, len(x)) if whole or streams else head.tile(vocab, max(1, len(x)))
+    if compact or streams:
+        step = min(step, _COMPACT_TOKENS)
+    buffer = x.new_empty((0 if streams else min(step, len(x)), vocab))
     parts: list[list[Tensor]] = []
     tiles: list[tuple[int, int, Compact | None]] = []
     dense = 0
-    for start in range(0, len(x), max(1, step)):
+    for start in range(0, len(x), step):
         tile_x, tile_y = x[start : start + step], y[start : start + step]
         # Where most tiles turn out dense, the search for columns is not worth its time
         tol = head.grad_tol if compact and 2 * dense <= len(tiles) + 1 else 0.0
@@ -265,7 +267,7 @@ def _exact(
         if dw is not None:  # dW = D.T @ X, whole in one product
             _write_product(dw[start:stop], tile.t(), x)
         if db is not None:  # db = sum over tokens of D
-            db[start:stop] = tile.sum(dim=0, dtype=torch.float64 if head.dtype == torch.float64 else torch.float32)
+            db[start:stop] = tile.sum(dim=0, dtype=result_dtype(head.dtype))
 
 
 def _counted(targets: Tensor) -> Tensor | None:
@@ -280,7 +282,7 @@ def _select(tensor: Tensor, rows: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 def _zeros(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     """For sums over tiles: float32, or float64 for float64 inputs."""
-    return like.new_zeros(shape, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
+    return like.new_zeros(shape, dtype=result_dtype(like.dtype))
 
 
 def _float32_products(tensor: Tensor) -> bool:

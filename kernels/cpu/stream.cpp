@@ -407,9 +407,9 @@ void run(
       at::native::cpublas::brgemm_release(true);
     });
   };
-  const auto raise_bound = [&] {
+  const auto raise_bound = [&](const TokenSums<double>& seen) {
     for (int64_t i = 0; i < n; ++i)  // the target's own term is in s only after its chunk: m alone is a bound too
-      tile.bound[i] = float(all.m[i] + std::max(0., std::log2(all.s[i])));
+      tile.bound[i] = float(seen.m[i] + std::max(0., std::log2(seen.s[i])));
   };
 
   bool collect = grad_tol > 0;
@@ -419,8 +419,7 @@ void run(
     TokenSums<double> probed = all;
     for (int64_t c = 0; c < probe; ++c)
       merge(probed, chunks[c].sums, n);
-    for (int64_t i = 0; i < n; ++i)
-      tile.bound[i] = float(probed.m[i] + std::max(0., std::log2(probed.s[i])));
+    raise_bound(probed);
   }
   // Their x may take half of the workspace: vectors grow by doubling
   const double fit = workspace_mb * 0x1p20 / 2 / double(sizeof(float) * tile.padded);
@@ -442,7 +441,7 @@ void run(
       }
       candidates += int64_t(chunks[c].columns.size());
     }
-    raise_bound();
+    raise_bound(all);
     if (collect && candidates > most_candidates) {
       collect = false;
       for (auto& chunk : chunks)
