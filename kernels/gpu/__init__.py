@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-# Compaction's column and gather passes, in plain PyTorch until they have kernels of their own
-from fastdpo.eager import add_weight_gradient, column_mass, column_probs, compact_gradient
+from fastdpo.eager import add_weight_gradient  # the library's product: nothing to write
 
 _NO_TRITON: str | None = None
 try:
     from . import launch
+    from .column_mass import column_mass
+    from .column_probs import column_probs
+    from .compact_gradient import compact_gradient
     from .row_backward import row_backward
     from .row_forward import row_forward
     from .sequences import pair_sigmoid, sequence_sums

@@ -6,6 +6,7 @@ The numbers were chosen from compiled code (compile_offline.py), as instructions
 from __future__ import annotations
 
 import functools
+import math
 import os
 from typing import Any, NamedTuple
 
@@ -35,6 +36,23 @@ FORWARD_BLOCKS = 4
 PROGRAMS_PER_PROCESSOR = 8
 # Programs a row at most: their states are merged by one warp
 MAX_SPLITS = 64
+# That warp: a row's few states fit its lanes, and more would have to meet in shared memory
+COMBINE_WARPS = 1
+
+# Values of a sequence a program reads at once: 8 a thread; sequences are a few hundred to a few thousand tokens
+SEQUENCE_BLOCK = 1024
+
+# Rows a warp of the column-mass kernel loads at once: 4 vectors a thread in flight, as in the row kernels, at 56
+# registers; 8 spare 0.15 instructions per logit and take 96 registers
+MASS_ROWS = 4
+
+# Columns and tokens of a tile of P as it is gathered. 32 columns: a warp reads neighbours of one row, so that those in
+# one sector are one fetch; 64 tokens: a column of P is stored in whole lines of 128 bytes. With 64 columns Triton gives
+# each lane 8 of them, and no two lanes share a sector
+GATHER_TILE = (32, 64)
+# The same where P becomes D. 256 tokens are a warp's 16-byte accesses side by side; 16 columns, 4 a thread, share the
+# reading of a token's scalars (10 instructions an element; 32 columns take 94 registers for 9)
+GRADIENT_TILE = (16, 256)
 
 
 class Plan(NamedTuple):
@@ -44,6 +62,25 @@ class Plan(NamedTuple):
     span: int  # columns a program, a multiple of the block
     shape: dict[str, int]  # the kernels' VEC, LANES, BLOCK
     peel: bool  # a row may start or end off 16 bytes
+
+
+class MassPlan(NamedTuple):
+    """How the column-mass kernel is launched."""
+
+    splits: int  # of the rows
+    windows: int  # programs a split
+    shape: dict[str, int]  # the kernel's VEC, COLS, ROWS
+    peel: bool  # a row may start or end off 16 bytes
+
+
+class TilePlan(NamedTuple):
+    """How a kernel over tiles of columns x tokens is launched."""
+
+    programs: int
+    column_tiles: int
+    token_tiles: int
+    shape: dict[str, int]  # the kernel's VEC, COLS, TOKENS
+    wide: bool  # a column starts on 16 bytes
 
 
 def unavailable() -> str | None:
@@ -97,6 +134,35 @@ def backward_plan(logits: Tensor, out: Tensor, rows: int) -> Plan:
     # Programs share nothing here: a row may be cut as finely as its blocks
     each = max(1, min(BACKWARD_BLOCKS, blocks // _programs_wanted(logits, rows)))
     return Plan(-(-blocks // each), each * shape["BLOCK"], shape, peel=alike and not _aligned(logits))
+
+
+def mass_shape(item_size: int, warp_size: int) -> dict[str, int]:
+    """The column-mass kernel's VEC, COLS (a window), ROWS (a block)."""
+    vec = 16 // item_size
+    return {"VEC": vec, "COLS": warp_size * vec, "ROWS": WARPS * MASS_ROWS}
+
+
+def mass_plan(logits: Tensor) -> MassPlan:
+    rows, vocab = logits.shape
+    shape = mass_shape(logits.element_size(), _warp_size(logits.device))
+    peel = not _aligned(logits[None])
+    # Rows this far apart are as far from a 16-byte boundary
+    period = shape["VEC"] // math.gcd(shape["VEC"], logits.stride(0))
+    # A row that starts off the boundary may need a window more
+    windows = -(-(vocab + (shape["VEC"] - 1 if peel else 0)) // shape["COLS"])
+    # As many splits as fill the GPU, each with rows for a block
+    splits = min(-(-PROGRAMS_PER_PROCESSOR * _processors(logits.device) // windows), rows // shape["ROWS"])
+    return MassPlan(max(1, -(-splits // period)) * period, windows, shape, peel)
+
+
+def tile_shape(tile: tuple[int, int], item_size: int, _warp_size: int = 0) -> dict[str, int]:
+    return {"VEC": 16 // item_size, "COLS": tile[0], "TOKENS": tile[1]}
+
+
+def tile_plan(tile: tuple[int, int], like: Tensor, columns: int, tokens: int) -> TilePlan:
+    shape = tile_shape(tile, like.element_size())
+    column_tiles, token_tiles = -(-columns // tile[0]), -(-tokens // tile[1])
+    return TilePlan(column_tiles * token_tiles, column_tiles, token_tiles, shape, tokens % shape["VEC"] == 0)
 
 
 def _programs_wanted(logits: Tensor, rows: int) -> int:

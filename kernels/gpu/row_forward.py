@@ -249,7 +249,7 @@ def row_forward(
             launch.run(
                 row_combine_kernel,
                 count,
-                1,
+                launch.COMBINE_WARPS,
                 (logits, targets, partials, *outputs, *strides, plan.programs, inner, outer),
                 KIND=kind,
                 SPLITS=triton.next_power_of_2(plan.programs),

@@ -18,9 +18,6 @@ from torch import Tensor
 from . import launch
 from .row_math import LOG2E
 
-# Values a program reads at once: 8 a thread; sequences are a few hundred to a few thousand tokens
-BLOCK = 1024
-
 
 @triton.jit
 def sequence_sum(values, begin, end, BLOCK: tl.constexpr):
@@ -97,7 +94,13 @@ def sequence_sums(values: Tensor, bounds: Tensor) -> Tensor:
     sequences = bounds.shape[0] - 1
     sums = values.new_empty(sequences)
     if sequences:
-        launch.run(sequence_sums_kernel, sequences, launch.WARPS, (values.contiguous(), bounds, sums), BLOCK=BLOCK)
+        launch.run(
+            sequence_sums_kernel,
+            sequences,
+            launch.WARPS,
+            (values.contiguous(), bounds, sums),
+            BLOCK=launch.SEQUENCE_BLOCK,
+        )
     return sums
 
 
@@ -115,6 +118,10 @@ def pair_sigmoid(
         return losses.sum(), sums, slope
     arguments = (logps.contiguous(), bounds, None if ref_logps is None else ref_logps.contiguous(), losses, sums, slope)
     launch.run(
-        pair_sigmoid_kernel, pairs, launch.WARPS, (*arguments, pairs, float(beta), float(label_smoothing)), BLOCK=BLOCK
+        pair_sigmoid_kernel,
+        pairs,
+        launch.WARPS,
+        (*arguments, pairs, float(beta), float(label_smoothing)),
+        BLOCK=launch.SEQUENCE_BLOCK,
     )
     return losses.mean(), sums, slope
