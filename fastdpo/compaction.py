@@ -13,7 +13,7 @@ zero. What is left of the error: `hidden_error_bound`.
 
 from __future__ import annotations
 
-import itertools
+from collections import deque
 from types import ModuleType
 from typing import NamedTuple
 
@@ -21,9 +21,12 @@ import torch
 from torch import Tensor
 
 from .options import Transform
+from .products import add_product, keeps_float32, product
 
 # Beyond this share of the vocabulary a tile is dense: the products of the kept columns would cost more than they save
 DENSE_SHARE = 0.25
+# Tiles whose mean rows are computed in one reading of weight, which costs a GPU about as much as a tile's logits
+_MEAN_TILES = 16
 # dW is summed in float32 over a range of the vocabulary at a time; this bounds the buffer
 _SUM_BYTES = 64 << 20
 
@@ -70,40 +73,122 @@ def hidden_error_bound(
 
 
 def choose_columns(mass: Tensor, targets: Tensor, budget: float) -> Tensor:
-    """The columns to keep, int32 `[k]` ascending: the smallest masses are dropped while their sum is within budget.
+    """Which columns to keep, bool `[V]`: the smallest masses are dropped while their sum is within budget.
 
     Args:
         mass: `[V]`, the probability that each column holds in the tile. targets: int64 `[n]`, always kept.
     """
-    ordered, order = mass.sort()
-    dropped = ordered.cumsum(0, dtype=torch.float64) <= budget
-    keep = torch.ones_like(mass, dtype=torch.bool)
-    keep[order] = ~dropped
-    keep[targets] = True
-    return keep.nonzero().squeeze(1).int()
+    budget = max(budget, 1e-30)
+    ordered, order = mass.sort(stable=True)
+    # Summed in integers: a GPU's running sum of floats differs from run to run. A NaN or infinity is beyond any budget
+    units = (torch.where(ordered <= budget, ordered, 2 * budget).double() * (2**40 / budget)).ceil().long()
+    keep = torch.empty_like(mass, dtype=torch.bool)
+    keep[order] = units.cumsum(0) > 2**40
+    return keep.index_fill_(0, targets, True)
 
 
-def compact_tile(
-    logits: Tensor,  # [n, V]
-    targets: Tensor,  # int64 [n]
-    lse: Tensor,  # [n]
-    weight: Tensor,  # [V, H]
-    transform: Transform,
-    grad_tol: float,
-    kernels: ModuleType,
-) -> Compact | None:
-    """The tile's kept columns, from its logits; None where they would be too many."""
-    mass = kernels.column_mass(logits, lse, transform)
-    columns = choose_columns(mass, targets, grad_tol * len(targets))
-    if len(columns) > DENSE_SHARE * len(mass):
-        return None
-    probs, dropped = kernels.column_probs(logits, lse, columns, transform)
-    rest = mass.index_fill(0, columns.long(), 0)
-    # In float32 by blocks of rows: the masses are too small for fp16, and weight is too large to be copied whole
-    step = max(1, _SUM_BYTES // (4 * weight.shape[1]))
-    blocks = zip(weight.split(step), rest.split(step), strict=True)
-    mean_row = sum(part @ rows.to(rest.dtype) for rows, part in blocks) / rest.sum().clamp(min=1e-30)
-    return Compact(columns, probs, dropped, mean_row)
+class _Number:
+    """An integer on its way from a GPU to the host: int() waits for it, and for nothing that was queued after it."""
+
+    def __init__(self, value: Tensor) -> None:
+        self._value = value.to("cpu", non_blocking=True)
+        self._there = torch.cuda.Event() if value.is_cuda else None
+        if self._there is not None:
+            self._there.record(torch.cuda.current_stream(value.device))
+
+    def __int__(self) -> int:
+        if self._there is not None:
+            self._there.synchronize()
+        return int(self._value)
+
+
+class _Queued(NamedTuple):
+    """A tile whose columns are chosen, and may still have to be counted."""
+
+    tile: int
+    logits: Tensor  # [n, V]
+    lse: Tensor  # [n]
+    keep: Tensor  # bool [V]
+    rest: Tensor  # [V], mass of the columns dropped
+    number: _Number  # of columns kept
+
+
+class _Gathered(NamedTuple):
+    """A tile that lacks its mean row."""
+
+    tile: int
+    columns: Tensor
+    probs: Tensor
+    dropped: Tensor
+    rest: Tensor  # [V]
+
+
+class Search:
+    """The kept columns of one forward's tiles, in order.
+
+    How many a tile keeps, the host must know, and a GPU is still at work when it asks. So `add` only queues, and
+    `settle` gathers: with another tile queued in between, the GPU does not stand still while the host waits. A tile's
+    logits must stay as they are until it is settled.
+    """
+
+    def __init__(self, weight: Tensor, transform: Transform, grad_tol: float, kernels: ModuleType) -> None:
+        self.weight, self.transform, self.grad_tol, self.kernels = weight, transform, grad_tol, kernels
+        self.found: list[Compact | None] = []  # by tile; None: dense, or not searched
+        self._queued: deque[_Queued] = deque()
+        self._gathered: list[_Gathered] = []
+
+    def worthwhile(self) -> bool:
+        """Whether to search on: not where most tiles turn out dense."""
+        settled = len(self.found) - len(self._queued)
+        sparse = len(self._gathered) + sum(compact is not None for compact in self.found)
+        return self.grad_tol > 0 and 2 * (settled - sparse) <= settled + 1
+
+    def add(self, logits: Tensor, targets: Tensor, lse: Tensor) -> None:
+        """The next tile: logits `[n, V]`, targets int64 `[n]`, lse `[n]`."""
+        mass = self.kernels.column_mass(logits, lse, self.transform)
+        keep = choose_columns(mass, targets, self.grad_tol * len(targets))
+        rest = mass.masked_fill(keep, 0)
+        self._queued.append(_Queued(len(self.found), logits, lse, keep, rest, _Number(keep.sum())))
+        self.found.append(None)
+
+    def settle(self, but: int = 0) -> None:
+        """Gather P of the tiles added, but of the last `but`. The host waits for a number of columns a tile."""
+        while len(self._queued) > but:
+            tile, logits, lse, keep, rest, number = self._queued.popleft()
+            count = int(number)
+            if count > DENSE_SHARE * len(keep):
+                continue
+            columns = keep.nonzero_static(size=count).squeeze(1).int()
+            probs, dropped = self.kernels.column_probs(logits, lse, columns, self.transform)
+            self._gathered.append(_Gathered(tile, columns, probs, dropped, rest))
+            if len(self._gathered) == _MEAN_TILES:
+                self._add_means()
+
+    def finish(self) -> list[Compact | None]:
+        """What each tile keeps."""
+        self.settle()
+        self._add_means()
+        return self.found
+
+    def _add_means(self) -> None:
+        if self._gathered:
+            means = mean_rows(torch.stack([tile.rest for tile in self._gathered]), self.weight)
+            for (tile, columns, probs, dropped, _), mean_row in zip(self._gathered, means, strict=True):
+                self.found[tile] = Compact(columns, probs, dropped, mean_row)
+            self._gathered = []
+
+
+def mean_rows(rest: Tensor, weight: Tensor) -> Tensor:
+    """rest `[T, V]`, weight `[V, H]` -> `[T, H]`: the mean of weight's rows, weighted by rest; 0 where rest is."""
+    rest = rest / rest.amax(1, keepdim=True).clamp(min=1e-30)  # masses may be too small for fp16
+    step = len(weight)
+    if keeps_float32(weight):
+        rest = rest.to(weight.dtype)
+    elif weight.dtype != rest.dtype:  # too large to be cast whole
+        step = max(1, _SUM_BYTES // (rest.element_size() * weight.shape[1]))
+    blocks = zip(rest.split(step, dim=1), weight.split(step), strict=True)
+    total = torch.stack([product(part, rows.to(rest.dtype)) for part, rows in blocks]).sum(0)
+    return total / rest.sum(1, keepdim=True, dtype=total.dtype).clamp(min=1e-30)
 
 
 def backward(
@@ -123,34 +208,31 @@ def backward(
     slope = transform.logit_scale / transform.temperature
     # - (g t) w: what the dropped columns would have given, at their mean direction
     dx = [torch.outer(rows.grad_logps * compact.dropped * -slope, compact.mean_row) for rows, compact in tiles]
-    if dw is None and db is None:
-        union = None
-        ranges = [(0, weight.shape[0])]
-    else:
-        union = torch.cat([compact.columns for _, compact in tiles]).unique()
-        step = max(1, _SUM_BYTES // (4 * weight.shape[1]))
-        edges = [0, *union[step::step].tolist(), weight.shape[0]]
-        ranges = list(itertools.pairwise(edges))
-    cuts = [_cuts(compact.columns, ranges) for _, compact in tiles]
-    for number, (first, last) in enumerate(ranges):
+    step = max(1, _SUM_BYTES // (4 * weight.shape[1]))
+    union: Tensor | None = None
+    slots: list[Tensor] = []
+    cuts = [[0, len(compact.columns)] for _, compact in tiles]
+    if dw is not None or db is not None:
+        union, slots, cuts = _union([compact.columns for _, compact in tiles], step)
+    for number in range(len(cuts[0]) - 1):
         if union is not None:
-            kept = union[(union >= first) & (union < last)].long()
+            kept = union[number * step : (number + 1) * step]
             total = dx[0].new_zeros((len(kept), weight.shape[1])) if dw is not None else None
             total_bias = dx[0].new_zeros(len(kept)) if db is not None else None
-        for (rows, compact), cut, tile_dx in zip(tiles, cuts, dx, strict=True):
-            part = slice(cut[number], cut[number + 1])
+        for tile, ((rows, compact), tile_dx) in enumerate(zip(tiles, dx, strict=True)):
+            part = slice(*cuts[tile][number : number + 2])
             columns = compact.columns[part]
             grad = kernels.compact_gradient(compact.probs[part], columns, *rows[1:], transform)
             # dX += D @ weight[S]
             if need_hidden:
-                tile_dx += torch.mm(grad.t(), weight[columns].to(grad.dtype))
+                add_product(tile_dx, grad.t(), weight[columns].to(grad.dtype))
             if union is None:
                 continue
-            slots = torch.searchsorted(kept, columns.long())
+            here = slots[tile][part] - number * step
             if total is not None:  # dW[S] += D.T @ X
-                kernels.add_weight_gradient(total, slots, grad, rows.hidden)
+                kernels.add_weight_gradient(total, here, grad, rows.hidden)
             if total_bias is not None:
-                total_bias.index_add_(0, slots, grad.sum(1, dtype=total_bias.dtype))
+                total_bias.index_add_(0, here, grad.sum(1, dtype=total_bias.dtype))
         if union is not None:
             for whole, summed in ((dw, total), (db, total_bias)):
                 if whole is not None and summed is not None:
@@ -158,7 +240,10 @@ def backward(
     return dx
 
 
-def _cuts(columns: Tensor, ranges: list[tuple[int, int]]) -> list[int]:
-    """Where the ranges of the vocabulary begin in ascending columns; one host synchronisation on a GPU."""
-    edges = [ranges[0][0], *(last for _, last in ranges)]
-    return torch.searchsorted(columns, columns.new_tensor(edges)).tolist()
+def _union(columns: list[Tensor], step: int) -> tuple[Tensor, list[Tensor], list[list[int]]]:
+    """The tiles' columns together, int64 `[u]` ascending; where in it each tile's are; and where in each tile's every
+    `step` of it begin and end. Two host synchronisations on a GPU."""
+    union, slots = torch.cat(columns).long().unique(return_inverse=True)
+    by_tile = list(slots.split([len(part) for part in columns]))
+    edges = torch.arange(0, len(union) + step, step, device=union.device)
+    return union, by_tile, torch.stack([torch.searchsorted(part, edges) for part in by_tile]).tolist()

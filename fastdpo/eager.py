@@ -12,6 +12,7 @@ from torch import Tensor
 from .inputs import result_dtype
 from .losses import LossOptions, Pairs, sigmoid
 from .options import Transform
+from .products import product
 
 # Rows are done in blocks, so that the float32 copies stay small beside the logits
 _BLOCK_ELEMENTS = 1 << 24
@@ -157,7 +158,7 @@ def compact_gradient(
 
 def add_weight_gradient(total: Tensor, slots: Tensor, grad: Tensor, hidden: Tensor) -> None:
     """total `[., H]` rows slots `[k]` += grad `[k, n]` @ hidden `[n, H]`; no slot twice. total: float32 or float64."""
-    total.index_add_(0, slots, torch.mm(grad, hidden).to(total.dtype))
+    total.index_add_(0, slots, product(grad, hidden).to(total.dtype))
 
 
 def sequence_sums(values: Tensor, bounds: Tensor) -> Tensor:

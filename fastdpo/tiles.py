@@ -23,6 +23,7 @@ from . import compaction
 from .compaction import Compact
 from .inputs import result_dtype
 from .options import Transform
+from .products import add_product, write_product
 
 # Tokens a compact tile: more tokens share a column, fewer leave more columns empty. 256 keeps 3 to 7% of Gemma 3's
 # vocabulary on real text where 512 keeps 9 to 14%, and still fills the library's products
@@ -52,14 +53,19 @@ class Head(NamedTuple):
         for first in range(start, stop, step):
             last = min(first + step, stop)
             block = out[:, first - start : last - start]
-            torch.mm(hidden, self.columns(first, last).t(), out=block)
-            if self.bias is not None:
-                block += self.bias[first:last].to(self.dtype)
+            if self.bias is None:
+                torch.mm(hidden, self.columns(first, last).t(), out=block)
+            else:
+                torch.addmm(self.bias[first:last].to(self.dtype), hidden, self.columns(first, last).t(), out=block)
 
     def tile(self, wide: int, limit: int) -> int:
         """How many rows (or columns) of `wide` logits the workspace holds: at least 1, multiples of 64 if it can."""
         fits = int(self.workspace_mb * 2**20) // max(1, wide * self.dtype.itemsize)
         return max(1, min(limit, fits // 64 * 64 if fits >= 64 else fits))
+
+    def queues(self) -> bool:
+        """Whether the kernels' launches return before their work is done."""
+        return getattr(self.kernels, "QUEUES", False)
 
     def streams(self) -> bool:
         """Whether the backend takes tiles from hidden states through cache."""
@@ -91,8 +97,9 @@ class RowGrads(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What a forward keeps for its backward beside its inputs and results. Rows: those that count."""
+    """What a forward keeps for its backward beside its inputs and results. [n]: the rows that count."""
 
+    rows: Tensor | None  # int64 [n]: those that count; None: all
     logits: Tensor | None  # [n, V], overwritten by the backward
     tiles: list[tuple[int, int, Compact | None]]  # first row, last row + 1; None: dense
 
@@ -101,19 +108,22 @@ def flatten(saved: Saved | None) -> tuple[Any, list[Tensor]]:
     """(layout, tensors) for save_for_backward, which frees them in time and knows gradient checkpointing."""
     if saved is None:
         return None, []
-    tensors = [] if saved.logits is None else [saved.logits]
+    there = [x is not None for x in saved[:2]]
     tiles = [(first, last, compact is not None) for first, last, compact in saved.tiles]
-    return (saved.logits is not None, tiles), [*tensors, *(x for tile in saved.tiles for x in tile[2] or ())]
+    tensors = [*saved[:2], *(x for tile in saved.tiles for x in tile[2] or ())]
+    return (there, tiles), [x for x in tensors if x is not None]
 
 
 def unflatten(layout: Any, tensors: list[Tensor]) -> Saved | None:
     if layout is None:
         return None
-    has_logits, tiles = layout
+    there, tiles = layout
     rest = iter(tensors)
     # .data: the backward's overwriting is its own affair, not autograd's
-    logits = next(rest).data if has_logits else None
-    return Saved(logits, [(a, b, Compact(*(next(rest) for _ in range(4))) if kept else None) for a, b, kept in tiles])
+    rows, logits = (next(rest).data if x else None for x in there)
+    return Saved(
+        rows, logits, [(a, b, Compact(*(next(rest) for _ in range(4))) if kept else None) for a, b, kept in tiles]
+    )
 
 
 def forward(
@@ -134,46 +144,46 @@ def forward(
     step = max(1, len(x)) if whole or streams else head.tile(vocab, max(1, len(x)))
     if compact or streams:
         step = min(step, _COMPACT_TOKENS)
-    buffer = x.new_empty((0 if streams else min(step, len(x)), vocab))
+    # A GPU computes the next tile while the host waits for the number of columns of this one, where both fit
+    two = compact and head.queues() and step < len(x) and head.tile(2 * vocab, step) == step
+    buffers = [] if streams else [x.new_empty((min(step, len(x)), vocab)) for _ in range(1 + two)]
     parts: list[list[Tensor]] = []
-    tiles: list[tuple[int, int, Compact | None]] = []
-    dense = 0
-    for start in range(0, len(x), step):
+    search = compaction.Search(head.weight, head.transform, head.grad_tol if compact else 0.0, head.kernels)
+    starts = range(0, len(x), step)
+    for number, start in enumerate(starts):
         tile_x, tile_y = x[start : start + step], y[start : start + step]
-        # Where most tiles turn out dense, the search for columns is not worth its time
-        tol = head.grad_tol if compact and 2 * dense <= len(tiles) + 1 else 0.0
+        tol = head.grad_tol if search.worthwhile() else 0.0
         if streams:
             results, kept = head.kernels.stream_tile(
                 tile_x, head.weight, head.bias, tile_y, head.transform, stats, tol, head.workspace_mb
             )
+            search.found.append(kept)
         else:
-            logits = buffer[: len(tile_x)]
+            search.settle(len(buffers) - 1)  # the tile that was in this buffer
+            logits = buffers[number % len(buffers)][: len(tile_x)]
             head.logits(tile_x, 0, vocab, logits)
             results = head.kernels.row_forward(logits[None], tile_y, head.transform, stats)
-            kept = None
             if tol > 0:
-                kept = compaction.compact_tile(
-                    logits, tile_y, results[1], head.weight, head.transform, tol, head.kernels
-                )
+                search.add(logits, tile_y, results[1])
+            else:
+                search.found.append(None)
         parts.append(results)
-        tiles.append((start, start + len(tile_x), kept))
-        dense += kept is None
+    tiles = [(start, min(start + step, len(x)), kept) for start, kept in zip(starts, search.finish(), strict=True)]
     if not parts:  # nothing counts: results of the right dtypes from no rows
         parts.append(head.kernels.row_forward(x.new_empty((1, 0, vocab)), y, head.transform, stats))
     results = [torch.cat(column) for column in zip(*parts, strict=True)]
     if rows is not None:
         results = [r.new_zeros(targets.shape).index_copy(0, rows, r) for r in results]
-    return results, Saved(buffer if whole else None, tiles) if keep else None
+    return results, Saved(rows, buffers[0] if whole else None, tiles) if keep else None
 
 
 def dropped_mass(saved: Saved | None, targets: Tensor) -> Tensor:
     """`[N]` float32: probability that a token's gradient leaves out; 0 where it is exact."""
     result = torch.zeros(targets.shape, dtype=torch.float32, device=targets.device)
     if saved is not None:
-        rows = (targets >= 0).nonzero().squeeze(1)
         for first, last, compact in saved.tiles:
             if compact is not None:
-                result[rows[first:last]] = compact.dropped
+                result[slice(first, last) if saved.rows is None else saved.rows[first:last]] = compact.dropped
     return result
 
 
@@ -185,7 +195,7 @@ def backward(
     needs: tuple[bool, ...],  # hidden, weight, bias
 ) -> list[Tensor]:
     """dX `[N, H]`, dW `[V, H]`, db `[V]`, in the dtypes of their inputs; `[0]` where not needed."""
-    rows = _counted(row_grads.targets)
+    rows = _counted(row_grads.targets) if saved is None else saved.rows
     grads = row_grads.select(rows)
     x = _select(hidden, rows, head.dtype)
     dx = _zeros(x, x.shape) if needs[0] else None
@@ -263,9 +273,9 @@ def _exact(
             # tile: logits -> d loss / d logits, in place
             head.kernels.row_backward(tile[None], *grads, head.transform, start, tile[None])
         if dx is not None:  # dX = sum over columns of D @ W
-            _add_product(dx, tile, head.columns(start, stop))
+            add_product(dx, tile, head.columns(start, stop))
         if dw is not None:  # dW = D.T @ X, whole in one product
-            _write_product(dw[start:stop], tile.t(), x)
+            write_product(dw[start:stop], tile.t(), x)
         if db is not None:  # db = sum over tokens of D
             db[start:stop] = tile.sum(dim=0, dtype=result_dtype(head.dtype))
 
@@ -283,26 +293,3 @@ def _select(tensor: Tensor, rows: Tensor | None, dtype: torch.dtype) -> Tensor:
 def _zeros(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     """For sums over tiles: float32, or float64 for float64 inputs."""
     return like.new_zeros(shape, dtype=result_dtype(like.dtype))
-
-
-def _float32_products(tensor: Tensor) -> bool:
-    # cuBLAS can leave bf16 products in float32; the CPU's library cannot
-    return tensor.is_cuda and tensor.dtype in (torch.bfloat16, torch.float16)
-
-
-def _write_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out = a @ b, rounded once"""
-    if out.dtype == a.dtype:
-        torch.mm(a, b, out=out)
-    elif out.dtype == torch.float32 and _float32_products(a):
-        torch.mm(a, b, out_dtype=torch.float32, out=out)
-    else:
-        out.copy_(torch.mm(a, b))
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total (float32) += a @ b"""
-    if _float32_products(a):
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    else:
-        total += torch.mm(a, b)

@@ -8,8 +8,9 @@ from close import assert_close
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastdpo import compaction, eager, linear_token_logps
+from fastdpo import compaction, eager, linear_token_logps, tiles
 from fastdpo.backend import load
 from fastdpo.compaction import choose_columns, hidden_error_bound
 from fastdpo.options import Transform
@@ -35,9 +36,14 @@ def gradients(hidden: Tensor, weight: Tensor, labels: Tensor, g: Tensor, **keywo
 
 def test_choose_columns() -> None:
     mass = torch.tensor([0.5, 1e-4, 0.2, 2e-4, 0.3, 5e-4])
-    assert choose_columns(mass, torch.tensor([0]), 4e-4).tolist() == [0, 2, 4, 5]
-    assert choose_columns(mass, torch.tensor([1]), 4e-4).tolist() == [0, 1, 2, 4, 5]  # a target stays
-    assert choose_columns(mass, torch.tensor([0]), 0.0).tolist() == [0, 1, 2, 3, 4, 5]
+    for targets, budget, kept in (
+        ([0], 4e-4, [0, 2, 4, 5]),
+        ([1], 4e-4, [0, 1, 2, 4, 5]),
+        ([0], 0.0, [0, 1, 2, 3, 4, 5]),
+    ):
+        assert choose_columns(mass, torch.tensor(targets), budget).nonzero().flatten().tolist() == kept  # targets stay
+    mass[2] = torch.nan
+    assert choose_columns(mass, torch.tensor([0]), 4e-4).nonzero().flatten().tolist() == [0, 2, 4, 5]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -78,9 +84,11 @@ def test_the_bound_holds(tokens: int, sharp: float, tol: float, softcap: float |
     g = torch.randn(tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     logits = hidden @ weight.T
     logps, lse = eager.row_forward(logits[None], labels, transform, ())
-    compact = compaction.compact_tile(logits, labels, lse, weight, transform, tol, eager)
+    search = compaction.Search(weight, transform, tol, eager)
+    search.add(logits, labels, lse)
+    (compact,) = search.finish()
     if compact is None:
-        assert len(choose_columns(eager.column_mass(logits, lse, transform), labels, tol * tokens)) > 211 / 4
+        assert choose_columns(eager.column_mass(logits, lse, transform), labels, tol * tokens).sum() > 211 / 4
         return
     assert compact.dropped.sum() <= tol * tokens * (1 + 1e-6)
     dw = torch.zeros_like(weight)
@@ -117,6 +125,76 @@ def test_sparse_and_dense_tiles_mix(dtype: torch.dtype) -> None:
     _, _, true_dx, true_dw = gradients(hidden.double(), weight.double(), labels, g.double())
     assert (dx.double() - true_dx).norm() < 1e-2 * true_dx.norm()
     assert (dw.double() - true_dw).norm() < 1e-2 * true_dw.norm()
+
+
+@pytest.mark.parametrize("tokens", [16, 17, 100])
+def test_one_tile_ahead(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tile is gathered after the next one was computed, into another buffer: the same results, bit for bit."""
+    monkeypatch.setattr(tiles, "_COMPACT_TOKENS", 16)
+    hidden, weight, labels = peaked(tokens)
+    g = torch.randn(tokens)
+    results = [gradients(hidden, weight, labels, g, grad_tol=TOL, backend="eager")]
+    monkeypatch.setattr(eager, "QUEUES", True, raising=False)
+    results += [
+        gradients(hidden, weight, labels, g, grad_tol=TOL, backend="eager", workspace_mb=mb) for mb in (256, 0.2)
+    ]
+    assert results[0][1].any()
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+class HostSyncs(TorchDispatchMode):
+    """Counts the operations that would make the host wait for a GPU."""
+
+    WAIT = (
+        torch.ops.aten._local_scalar_dense,
+        torch.ops.aten.nonzero,
+        torch.ops.aten._unique2,
+        torch.ops.aten.unique_dim,
+        torch.ops.aten.unique_consecutive,
+        torch.ops.aten.masked_select,
+        torch.ops.aten.equal,
+        torch.ops.aten.repeat_interleave,
+    )
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.count = 0
+        tolist = Tensor.tolist  # of a CPU tensor it is no operation
+
+        def counted(tensor: Tensor) -> list:
+            self.count += 1
+            return tolist(tensor)
+
+        monkeypatch.setattr(Tensor, "tolist", counted)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        by_mask = func.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put_) and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        self.count += func.overloadpacket in self.WAIT or by_mask
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("needs", [(True, True, True), (True, False, False)], ids=["all", "frozen head"])
+def test_host_waits_once_a_tile(needs: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU: once for the rows that count, once a tile; in the backward twice where the tiles share dW, or never."""
+    gpu = load("triton")
+    if isinstance(gpu, str):
+        pytest.skip(gpu)
+    monkeypatch.setattr(tiles, "_COMPACT_TOKENS", 8)
+    monkeypatch.setattr(compaction, "_SUM_BYTES", 4 * 8 * 20)  # dW in ranges of 20 columns
+    hidden, weight, labels = peaked(40, 300, 8, 4.0)
+    labels[3] = -1
+    head = tiles.Head(weight, torch.zeros(300), Transform(), torch.float32, 0.02, 256, gpu)
+    with HostSyncs(monkeypatch) as syncs:
+        (logps, lse), saved = tiles.forward(head, hidden, labels, (), keep=True)
+    assert saved is not None and len(saved.tiles) == 5 and all(tile[2] is not None for tile in saved.tiles)
+    assert syncs.count == 1 + 5
+    grads = tiles.RowGrads(labels, logps, lse, None, torch.ones(40), None)
+    with HostSyncs(monkeypatch) as syncs:
+        tiles.backward(head, hidden, grads, saved, needs)
+    assert syncs.count == (2 if needs[1] else 0)
 
 
 def test_only_what_needs_a_gradient(backend: str) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import mmap
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from close import assert_close
 from torch import Tensor
 
 from fastdpo import eager
@@ -105,6 +107,119 @@ def test_targets_in_a_window() -> None:
     assert torch.equal(window, whole[..., 1000:2802])
 
 
+# --- compaction ------------------------------------------------------------------------------------------------------
+
+PLAIN, GRANITE, GEMMA = Transform(), Transform(0.25), Transform(-1.0, 30.0, 0.7)
+
+
+def tile(rows: int, vocab: int, transform: Transform, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    """Logits, targets (one twice), and from eager in float64 logps and lse."""
+    logits = (torch.randn(rows, vocab) * 4).to(dtype)
+    targets = torch.randint(0, vocab, (rows,))
+    targets[-1] = targets[0]
+    logps, lse = eager.row_forward(logits.double()[None], targets, transform, ())
+    return logits, targets, logps, lse
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("transform", [PLAIN, GRANITE, GEMMA], ids=["plain", "scale", "softcap"])
+@pytest.mark.parametrize(
+    ("rows", "vocab"), [(1, 1003), (5, 7), (37, 1024), (70, 515), (40, 1020)], ids=lambda size: str(size)
+)
+def test_column_mass(dtype: torch.dtype, transform: Transform, rows: int, vocab: int) -> None:
+    """Few rows and many, aligned and odd V; n no multiple of the block; a period of 2 (V = 1020); bits that stay."""
+    logits, _, _, lse = tile(rows, vocab, transform, dtype)
+    mass = gpu.column_mass(logits, lse.float(), transform)
+    close(mass, eager.column_mass(logits.double(), lse, transform), 2e-5)
+    assert mass.sum().item() == pytest.approx(rows, rel=1e-5)
+    assert torch.equal(mass, gpu.column_mass(logits.clone(), lse.float(), transform))
+    storage = torch.randn(3 + rows * (vocab + 5)).to(dtype)  # rows that start off the boundary, of a longer row
+    view = storage[3:].view(rows, vocab + 5)[:, :vocab]
+    view.copy_(logits)
+    close(gpu.column_mass(view, lse.float(), transform), mass.double(), 1e-6)
+
+
+def test_column_mass_of_extremes() -> None:
+    """lse in the thousands, whose product with log2 e rounds; -inf logits hold no mass; no rows, no mass."""
+    logits, _, _, _ = tile(20, 300, PLAIN)
+    logits += torch.linspace(-3000, 3000, 20)[:, None]
+    logits[:, 7] = -torch.inf
+    lse = torch.logsumexp(logits.double(), 1)
+    mass = gpu.column_mass(logits, lse.float(), PLAIN)
+    torch.testing.assert_close(
+        mass.double(), eager.column_mass(logits.double(), lse.float().double(), PLAIN), rtol=1e-5, atol=0
+    )
+    assert mass[7] == 0
+    assert not gpu.column_mass(logits[:0], lse[:0].float(), PLAIN).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("transform", [PLAIN, GRANITE, GEMMA], ids=["plain", "scale", "softcap"])
+@pytest.mark.parametrize(("rows", "kept"), [(1, 40), (37, 33), (72, 100), (64, 1), (9, 0)])
+def test_column_probs_and_gradient(dtype: torch.dtype, transform: Transform, rows: int, kept: int) -> None:
+    """P, what it leaves out, and D with the target's column; ragged tiles, one column and none, targets not kept."""
+    logits, targets, logps, lse = tile(rows, 501, transform, dtype)
+    columns = torch.randperm(501)[:kept]
+    if kept > 1:
+        columns[: rows // 2] = targets[: min(kept, rows // 2)]
+        columns = columns.unique()
+    columns = columns.sort().values.int()
+    rows_of = (targets, logps, lse, torch.randn(rows, dtype=torch.float64))
+    floats = (targets, *(x.float() for x in rows_of[1:]))
+
+    probs, dropped = gpu.column_probs(logits, lse.float(), columns, transform)
+    true_probs, true_dropped = eager.column_probs(logits.double(), lse, columns, transform)
+    plain = eager.column_probs(logits, lse.float(), columns, transform)
+    assert probs.dtype == dtype and probs.is_contiguous() and dropped.dtype == torch.float32
+    assert_close(probs, true_probs, plain[0])
+    assert_close(dropped, true_dropped, plain[1], unit=1)
+
+    gradient = gpu.compact_gradient(probs, columns, *floats, transform)
+    truth = eager.compact_gradient(true_probs, columns, *rows_of, transform)
+    assert gradient.dtype == dtype
+    assert_close(gradient, truth, eager.compact_gradient(plain[0], columns, *floats, transform))
+    some = slice(kept // 3, kept)  # a range of columns, as the sum of dW takes them
+    assert torch.equal(gpu.compact_gradient(probs[some], columns[some], *floats, transform), gradient[some])
+
+
+def test_small_dropped_mass() -> None:
+    """Below 1e-7, where a float32 sum of P is exactly 1."""
+    logits = torch.full((3, 2000), -40.0)
+    logits[:, :1000] = torch.tensor([0.0, -20.0, 3.0])[:, None]
+    logits[:, 1000] = torch.tensor([-9.8, -30.0, -10.0])
+    lse = torch.logsumexp(logits.double(), 1)
+    lse32 = lse.float()
+    _, dropped = gpu.column_probs(logits, lse32, torch.arange(1000).int(), PLAIN)
+    # lse itself is rounded: what is left out of the sum of exp(z - lse) as it is in float32
+    true = (1 - (logits[:, :1000].double() - lse32[:, None].double()).exp().sum(1)).clamp(min=0)
+    torch.testing.assert_close(dropped.double(), true, rtol=0, atol=6e-8)
+
+
+def test_more_than_2_31_logits() -> None:
+    """Rows 2^31 logits apart; of the 4 GB between them, no page is touched."""
+    apart = 2**31 + 8
+    memory = mmap.mmap(-1, 2 * (apart + 400), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    far = torch.frombuffer(memory, dtype=torch.float16).as_strided((2, 301), (apart, 1))
+    logits, targets, logps, lse = tile(2, 301, PLAIN, torch.float16)
+    far.copy_(logits)
+    with pytest.MonkeyPatch.context() as patch:
+        # The interpreter copies an argument's whole storage back onto itself
+        patch.setattr(torch.UntypedStorage, "copy_", lambda storage, *_: storage)
+        close(gpu.column_mass(far, lse.float(), PLAIN), eager.column_mass(logits.double(), lse, PLAIN))
+        columns = targets.unique().int()
+        probs, _ = gpu.column_probs(far, lse.float(), columns, PLAIN)
+        close(probs, eager.column_probs(logits, lse.float(), columns, PLAIN)[0], 1e-3)
+        close(gpu.row_forward(far[None], targets, PLAIN, ())[0], logps)
+        g = torch.ones(2)
+        gpu.row_backward(far[None], targets, logps.float(), lse.float(), None, g, None, PLAIN, 0, far[None])
+        true = torch.empty(1, 2, 301, dtype=torch.float64)
+        eager.row_backward(logits.double()[None], targets, logps, lse, None, g.double(), None, PLAIN, 0, true)
+        close(far, true[0], 1e-3)
+
+
+# --- bytes and programs ----------------------------------------------------------------------------------------------
+
+
 @pytest.fixture
 def moved(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
     """Bytes that the kernels load and store, counted in the interpreter."""
@@ -151,6 +266,25 @@ def test_bytes_moved(moved: dict[str, int], rows: int) -> None:
     assert not any(r.any() for r in results)
 
 
+@pytest.mark.parametrize("vocab", [2048, 2051], ids=["aligned", "odd"])
+def test_bytes_moved_by_compaction(moved: dict[str, int], vocab: int) -> None:
+    """Mass: each logit once. P: the kept ones alone, each P once; D: P once in, once out."""
+    logits, targets, logps, lse = tile(32, vocab, PLAIN, torch.float16)
+    logps, lse = logps.float(), lse.float()
+    gpu.column_mass(logits, lse, PLAIN)
+    assert 2 * 32 * vocab <= moved["load"] <= 2.1 * 32 * vocab
+    assert moved["store"] <= 4 * 8 * vocab  # eight splits where V is odd
+    columns = torch.randperm(vocab)[:100].sort().values.int()
+    moved.update(load=0, store=0)
+    probs, _ = gpu.column_probs(logits, lse, columns, PLAIN)
+    assert 2 * 32 * 100 <= moved["load"] <= 2 * 32 * 100 + 4 * (100 + 4 * 32)
+    assert moved["store"] <= 2 * 32 * 100 + 4 * 8 * 32
+    moved.update(load=0, store=0)
+    gpu.compact_gradient(probs, columns, targets, logps, lse, torch.ones(32), PLAIN)
+    assert 2 * 32 * 100 <= moved["load"] <= 2 * 32 * 100 + 4 * 100 + 7 * 16 * 32
+    assert moved["store"] == 2 * 32 * 100
+
+
 def test_grid_covers_every_column_once() -> None:
     """launch.py's cuts: no column is left, whatever the vocabulary and the number of rows."""
     from fastdpo.gpu import launch
@@ -160,3 +294,6 @@ def test_grid_covers_every_column_once() -> None:
         for plan in (launch.forward_plan(logits, rows), launch.backward_plan(logits, logits, rows)):
             assert plan.span % plan.shape["BLOCK"] == 0
             assert plan.span * plan.programs >= vocab > plan.span * (plan.programs - 1)
+        mass = launch.mass_plan(logits[0])
+        assert mass.windows * mass.shape["COLS"] >= vocab + (vocab % 8 != 0) * 7
+        assert mass.splits * logits.stride(1) % 8 == 0  # a split's rows are alike

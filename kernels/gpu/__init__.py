@@ -28,6 +28,8 @@ __all__ = [
     "unavailable",
 ]
 
+QUEUES = True  # launches return before their work is done
+
 
 def unavailable() -> str | None:
     """Why this backend cannot run; None if it can."""

@@ -26,7 +26,8 @@ def flatness(z, per_z):
     return tl.fma(-t, t, 1.0)
 
 
-@triton.jit(do_not_specialize=("kept", "rows", "token_tiles"))
+# columns: a slice of a tile's, which starts anywhere
+@triton.jit(do_not_specialize=("kept", "rows", "token_tiles"), do_not_specialize_on_alignment=("columns",))
 def compact_gradient_kernel(
     probs,  # [k, n]
     columns,  # int32 [k]
