@@ -27,8 +27,8 @@ from .products import add_product, keeps_float32, product
 DENSE_SHARE = 0.25
 # Tiles whose mean rows are computed in one reading of weight, which costs a GPU about as much as a tile's logits
 _MEAN_TILES = 16
-# dW is summed in float32 over a range of the vocabulary at a time; this bounds the buffer
-_SUM_BYTES = 64 << 20
+# dW is summed in float32 over a range of the vocabulary at a time; this bounds the buffer, and weight that is cast
+SUM_BYTES = 64 << 20
 
 
 class Compact(NamedTuple):
@@ -81,7 +81,7 @@ def choose_columns(mass: Tensor, targets: Tensor, budget: float) -> Tensor:
     budget = max(budget, 1e-30)
     ordered, order = mass.sort(stable=True)
     # Summed in integers: a GPU's running sum of floats differs from run to run. A NaN or infinity is beyond any budget
-    units = (torch.where(ordered <= budget, ordered, 2 * budget).double() * (2**40 / budget)).ceil().long()
+    units = (torch.where(ordered <= budget, ordered / budget, 2.0) * 2**40).long()
     keep = torch.empty_like(mass, dtype=torch.bool)
     keep[order] = units.cumsum(0) > 2**40
     return keep.index_fill_(0, targets, True)
@@ -185,7 +185,7 @@ def mean_rows(rest: Tensor, weight: Tensor) -> Tensor:
     if keeps_float32(weight):
         rest = rest.to(weight.dtype)
     elif weight.dtype != rest.dtype:  # too large to be cast whole
-        step = max(1, _SUM_BYTES // (rest.element_size() * weight.shape[1]))
+        step = max(1, SUM_BYTES // (rest.element_size() * weight.shape[1]))
     blocks = zip(rest.split(step, dim=1), weight.split(step), strict=True)
     total = torch.stack([product(part, rows.to(rest.dtype)) for part, rows in blocks]).sum(0)
     return total / rest.sum(1, keepdim=True, dtype=total.dtype).clamp(min=1e-30)
@@ -200,6 +200,7 @@ def backward(
     dw: Tensor | None,  # [V, H], zeros, or the dense tiles' part: the kept rows are added to it
     db: Tensor | None,  # [V], likewise
     zeros: bool,  # dw and db are zeros: no need to read them
+    sum_bytes: int = SUM_BYTES,
 ) -> list[Tensor]:
     """dX of each tile, float32 `[n, H]`; dW and db into the tensors given.
 
@@ -208,7 +209,7 @@ def backward(
     slope = transform.logit_scale / transform.temperature
     # - (g t) w: what the dropped columns would have given, at their mean direction
     dx = [torch.outer(rows.grad_logps * compact.dropped * -slope, compact.mean_row) for rows, compact in tiles]
-    step = max(1, _SUM_BYTES // (4 * weight.shape[1]))
+    step = max(1, sum_bytes // (4 * weight.shape[1]))
     union: Tensor | None = None
     slots: list[Tensor] = []
     cuts = [[0, len(compact.columns)] for _, compact in tiles]

@@ -1,7 +1,7 @@
 """The tile loop of the from-hidden path: library products and row kernels, never `[N, V]`.
 
 Forward: tiles of tokens. A backend that streams takes a tile through cache, its logits float32; otherwise they live,
-`[n, V]`, in one reused buffer of at most `workspace_mb`.
+`[n, V]`, in one reused buffer of at most `workspace_mb` (two of half of it, where a GPU works ahead of the host).
 
 Backward, one of three:
 - compact: with `grad_tol` > 0 the forward kept the columns that hold the probability (compaction.py);
@@ -244,7 +244,11 @@ def _compact(
         targets, logps, lse, _, grad_logps, _ = grads.select(part)
         assert grad_logps is not None and compact is not None
         inputs.append((compaction.Rows(x[part], targets, logps, lse, grad_logps), compact))
-    tile_dx = compaction.backward(inputs, head.weight, head.transform, head.kernels, dx is not None, dw, db, zeros)
+    # A GPU wants few and large products, and the logits' buffer is free by now
+    sum_bytes = int(head.workspace_mb * 2**20) if head.queues() else compaction.SUM_BYTES
+    tile_dx = compaction.backward(
+        inputs, head.weight, head.transform, head.kernels, dx is not None, dw, db, zeros, sum_bytes
+    )
     if dx is not None:
         for (first, last, _), part_dx in zip(tiles, tile_dx, strict=True):
             dx[first:last] = part_dx

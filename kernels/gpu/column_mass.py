@@ -77,32 +77,29 @@ def column_mass_kernel(
         past = (pointer.to(tl.int64) % 16 // ELEMENT).to(tl.int32)
     first = (program - split * windows) * COLS - past
     columns = tl.arange(0, COLS)[None, :]
-    step = tl.multiple_of(stride * splits, VEC)
+    step = tl.multiple_of(stride.to(tl.int64) * splits, VEC)
     aligned = tl.multiple_of(pointer + first, 16)
     block = tl.arange(0, ROWS)
     mass = tl.zeros([ROWS, COLS], tl.float32)
     count = (rows - split + splits - 1) // splits
     full = count // ROWS * ROWS
 
-    inside = columns < vocab - first
-    if PEEL:
-        inside &= columns >= -first
-    else:  # whole vectors
-        inside = columns < tl.multiple_of(vocab - first, VEC)
-    if (first >= 0) & (first + COLS <= vocab):
+    end = vocab - first if PEEL else tl.multiple_of(vocab - first, VEC)
+    inside = (columns >= -first) & (columns < end)
+    if (first >= 0) & (end >= COLS):
         for start in range(0, full, ROWS):
             row = (start + block)[:, None]
-            pointers = aligned + row.to(tl.int64) * step + columns
+            pointers = aligned + row * step + columns
             mass = added(mass, pointers, lse + split + row * splits, None, None, inner, outer, KIND)
         if full < count:
             row = (full + block)[:, None]
-            pointers = aligned + row.to(tl.int64) * step + columns
+            pointers = aligned + row * step + columns
             there = (row < count) & (columns < COLS)
             mass = added(mass, pointers, lse + split + row * splits, row < count, there, inner, outer, KIND)
     else:
         for start in range(0, count, ROWS):
             row = (start + block)[:, None]
-            pointers = aligned + row.to(tl.int64) * step + columns
+            pointers = aligned + row * step + columns
             there = (row < count) & inside
             mass = added(mass, pointers, lse + split + row * splits, row < count, there, inner, outer, KIND)
     out = sums + split.to(tl.int64) * vocab + first + tl.arange(0, COLS)

@@ -42,8 +42,8 @@ COMBINE_WARPS = 1
 # Values of a sequence a program reads at once: 8 a thread; sequences are a few hundred to a few thousand tokens
 SEQUENCE_BLOCK = 1024
 
-# Rows a warp of the column-mass kernel loads at once: 4 vectors a thread in flight, as in the row kernels, at 56
-# registers; 8 spare 0.15 instructions per logit and take 96 registers
+# Rows a warp of the column-mass kernel loads at once: 4 vectors a thread in flight, as in the row kernels. With 8 it
+# would spare 0.15 instructions per logit and take half as many registers again
 MASS_ROWS = 4
 
 # Columns and tokens of a tile of P as it is gathered. 32 columns: a warp reads neighbours of one row, so that those in
