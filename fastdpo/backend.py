@@ -2,8 +2,9 @@
 
 A backend is a module with the functions of eager.py: row_forward, row_backward; column_mass, column_probs,
 compact_gradient, add_weight_gradient; sequence_sums, pair_sigmoid; and `unavailable() -> str | None`, the reason why
-it cannot run here. It may have `stream_tile` and `stream_gradient` (tiles.py), which take hidden states to row results,
-kept columns and gradients without logits in memory, and then has `streams() -> bool`, whether they run here.
+it cannot run here. It may have `stream_forward`, `stream_backward` and `stream_gradient` (tiles.py), which take hidden
+states to row results, kept columns and gradients without logits in memory, and then has `streams() -> bool`, whether
+they run here.
 """
 
 from __future__ import annotations
