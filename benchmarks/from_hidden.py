@@ -1,10 +1,12 @@
 """From hidden states: token logps and the gradients of hidden and weight, on a real model's states over real pairs.
 
     python -m benchmarks.from_hidden --model FOLDER --data PAIRS.jsonl [--pairs 4] [--max-length 1024] [--rounds 3]
+        [--needs both|frozen|forward] [--tokens N] [--dense] [--contenders NAME ...]
 
-Completion tokens only, for every contender; dtype bf16. Checked first against float32 mathematics on the same inputs.
-Memory: peak resident set of a process of its own, above inputs and returned gradients. A contender that is not
-installed is named and left out.
+Completion tokens only, for every contender; dtype bf16. Checked first against float32 mathematics on the same inputs;
+a wrong contender is not timed. Memory: peak resident set of a process of its own, above inputs and returned gradients.
+A contender that is not installed is named and left out. --needs frozen: no gradient of weight; forward: none at all.
+--tokens: that many, from as many pairs as it takes, as one pair of two sequences. --dense: random hidden and weight.
 """
 
 from __future__ import annotations
@@ -18,16 +20,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastdpo.recorder import peak_memory_mib, resident_memory_mib
-
-from .measure import alternate, machine
-from .providers import PROVIDERS
+from .measure import alternate, machine, peak_mib
+from .providers import PROVIDERS, Batch, dpo_truth, first_tokens, run
 
 CHECKED_TOKENS = 256
+# Relative error of a gradient; eager bf16 is at 1.5e-2, Liger, which rounds the logps of whole sequences, at 6e-2
+WRONG = 0.1
 
 
-def hidden_states(model_name: str, data: Path, pairs: int, max_length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden bf16 [N, H], labels [N], weight bf16 [V, H] over the completions of the first pairs."""
+def real_batch(model_name: str, data: Path, pairs: int, max_length: int, tokens: int | None = None) -> Batch:
+    """The completions of the first pairs in bf16, chosen first; of `tokens` tokens, as one pair, if that is given."""
+    from tqdm import tqdm
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl.data_utils import apply_chat_template
 
@@ -36,42 +39,71 @@ def hidden_states(model_name: str, data: Path, pairs: int, max_length: int) -> t
     model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(model_name)
     tokenizer.chat_template = tokenizer.chat_template or plain_chat_template(tokenizer)
-    hidden, labels = [], []
-    for row in read_pairs(data).select(range(pairs)):
+    sides: dict[str, list[tuple[Tensor, Tensor]]] = {"chosen": [], "rejected": []}
+    rows = read_pairs(data)
+    found, progress = 0, tqdm(total=tokens or pairs, unit="token" if tokens else "pair", desc="hidden states")
+    for row in rows if tokens else rows.select(range(pairs)):
         text = apply_chat_template(row, tokenizer)
-        for side in ("chosen", "rejected"):
+        before = found
+        for side, sequences in sides.items():
             prompt = tokenizer(text["prompt"]).input_ids
             ids = (prompt + tokenizer(text[side], add_special_tokens=False).input_ids)[:max_length]
             with torch.no_grad():
                 states = model.model(torch.tensor([ids])).last_hidden_state[0]
-            hidden.append(states[len(prompt) - 1 : len(ids) - 1])
-            labels += ids[len(prompt) :]
-    return torch.cat(hidden), torch.tensor(labels), model.lm_head.weight.detach().clone()
+            sequences.append((states[len(prompt) - 1 : len(ids) - 1], torch.tensor(ids[len(prompt) :])))
+            found += len(ids) - len(prompt)
+        progress.update(found - before if tokens else 1)
+        if tokens and found >= tokens:
+            break
+    sequences = [*sides["chosen"], *sides["rejected"]]
+    hidden, labels = (torch.cat(parts) for parts in zip(*sequences, strict=True))
+    lengths = tuple(len(part) for _, part in sequences)
+    if tokens:
+        if found < tokens:
+            raise SystemExit(f"--tokens {tokens}: the data has {found} completion tokens")
+        hidden, labels, lengths = hidden[:tokens], labels[:tokens], (tokens - tokens // 2, tokens // 2)
+    return _batch(hidden, model.lm_head.weight.detach().clone(), labels, lengths)
 
 
-def run(name: str, hidden: Tensor, weight: Tensor, labels: Tensor, grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    h, w = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
-    logps = PROVIDERS[name](h, w, labels)
-    dx, dw = torch.autograd.grad(logps, [h, w], grads.to(logps.dtype))
-    return logps.detach(), dx, dw
+def dense_batch(like: Batch) -> Batch:
+    """Random hidden and weight, whose softmax is not sparse; its shapes, labels and lengths."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(like.hidden.shape, generator=generator)
+    weight = torch.randn(like.weight.shape, generator=generator) / like.weight.shape[1] ** 0.5
+    return _batch(hidden.bfloat16(), weight.bfloat16(), like.labels, like.lengths)
 
 
-def errors(name: str, hidden: Tensor, weight: Tensor, labels: Tensor, grads: Tensor) -> tuple[float, float, float]:
-    """Mean absolute error of a logp; relative errors of dX and dW, against float32."""
-    few = slice(0, CHECKED_TOKENS)
-    truth = run("eager", hidden[few].float(), weight.float(), labels[few], grads[few])
-    result = run(name, hidden[few], weight, labels[few], grads[few])
-    relative = [((r.float() - t).norm() / t.norm()).item() for r, t in zip(result[1:], truth[1:], strict=True)]
-    return (result[0] - truth[0]).abs().mean().item(), relative[0], relative[1]
+def _batch(hidden: Tensor, weight: Tensor, labels: Tensor, lengths: tuple[int, ...]) -> Batch:
+    return Batch(hidden, weight, labels, lengths, torch.randn(len(labels), generator=torch.Generator().manual_seed(0)))
 
 
-def peak_mib(name: str, inputs: str) -> float:
-    """In this process: peak resident MiB of one run above inputs and returned gradients."""
-    hidden, labels, weight, grads = torch.load(inputs)
-    run(name, hidden[:64], weight[:1024], labels[:64] % 1024, grads[:64])  # compilers and libraries loaded
-    before = resident_memory_mib()
-    _, dx, dw = run(name, hidden, weight, labels, grads)
-    return peak_memory_mib() - before - (dx.nbytes + dw.nbytes) / 2**20
+def errors(name: str, batch: Batch, needs: str) -> list[float]:
+    """Mean absolute error of a logp (Liger: of the loss); relative errors of dX and dW; against float32."""
+    few = first_tokens(batch, max(1, CHECKED_TOKENS // len(batch.lengths)))
+    truth = (
+        dpo_truth(few)
+        if name == "Liger"
+        else run("eager", few._replace(hidden=few.hidden.float(), weight=few.weight.float()), needs)
+    )
+    result = run(name, few, needs)
+    relative = [((r.float() - t).norm() / t.norm()).item() for r, t in zip(result[1:], truth[1:], strict=False)]
+    if not all(error < WRONG for error in relative):
+        raise AssertionError(f"{name}: relative errors {relative} of the gradients; its time is not reported")
+    return [(result[0] - truth[0]).abs().mean().item(), *relative]
+
+
+def peak_here(name: str, needs: str, inputs: str) -> float:
+    """Peak resident MiB of one run above inputs and returned gradients, for a process of its own."""
+    batch = Batch(*torch.load(inputs))
+    for tokens in (8, 12):  # libraries loaded; torch.compile has seen that N varies
+        run(name, first_tokens(batch, tokens), needs)
+    return peak_mib(lambda: run(name, batch, needs)[1:])[0]
+
+
+def peak_of(name: str, needs: str, inputs: str) -> float:
+    """`peak_here` in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.from_hidden", "--memory-of", name, needs, inputs]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def main() -> None:
@@ -80,47 +112,52 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--max-length", type=int, default=1024)
+    parser.add_argument("--tokens", type=int)
+    parser.add_argument("--dense", action="store_true")
+    parser.add_argument("--needs", default="both", choices=["both", "frozen", "forward"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--contenders", nargs="*", default=list(PROVIDERS), choices=list(PROVIDERS))
-    parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory_of:
-        print(peak_mib(*options.memory_of))
+        print(peak_here(*options.memory_of))
         return
     if options.model is None or options.data is None:
         parser.error("--model and --data are needed")
 
-    hidden, labels, weight = hidden_states(options.model, options.data, options.pairs, options.max_length)
-    grads = torch.randn(len(labels), generator=torch.Generator().manual_seed(0))
-    (count, width), vocab = hidden.shape, weight.shape[0]
-    print(f"{machine()}; N={count}, V={vocab}, H={width}, bf16, medians of {options.rounds}", flush=True)
+    needs = options.needs
+    batch = real_batch(options.model, options.data, options.pairs, options.max_length, options.tokens)
+    if options.dense:
+        batch = dense_batch(batch)
+    (count, width), vocab = batch.hidden.shape, batch.weight.shape[0]
+    kind = "random (dense)" if options.dense else "real"
+    print(
+        f"{machine()}; {kind}, N={count}, V={vocab}, H={width}, bf16, {needs}, medians of {options.rounds}", flush=True
+    )
     checked = {}
     for name in options.contenders:
         try:
-            checked[name] = errors(name, hidden, weight, labels, grads)
+            checked[name] = errors(name, batch, needs)
         except ImportError as error:
             print(f"{name}: left out ({error})")
 
-    buffer = hidden.new_empty((256, vocab))
+    buffer = batch.hidden.new_empty((256, vocab))
 
     def product() -> None:
-        for tile in hidden.split(256):
-            torch.mm(tile, weight.T, out=buffer[: len(tile)])
+        for tile in batch.hidden.split(256):
+            torch.mm(tile, batch.weight.T, out=buffer[: len(tile)])
 
     calls = {"forward product alone": product}
-    calls |= {name: lambda name=name: run(name, hidden, weight, labels, grads) for name in checked}
+    calls |= {name: lambda name=name: run(name, batch, needs) for name in checked}
     seconds = alternate(calls, options.rounds)
     print(f"{'':24}{'seconds':>9}{'x product':>11}{'MiB':>9}{'logp error':>12}{'dX error':>10}{'dW error':>10}")
     with tempfile.NamedTemporaryFile(suffix=".pt") as file:
-        torch.save((hidden, labels, weight, grads), file.name)
+        torch.save(tuple(batch), file.name)
         for name, value in seconds.items():
             line = f"{name:24}{value:9.2f}{value / seconds['forward product alone']:11.2f}"
             if name in checked:
-                command = [sys.executable, "-m", "benchmarks.from_hidden", "--memory-of", name, file.name]
-                peak = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-                line += f"{peak:9.0f}" + "".join(
-                    f"{e:{w}.1e}" for e, w in zip(checked[name], (12, 10, 10), strict=True)
-                )
+                line += f"{peak_of(name, needs, file.name):9.0f}"
+                line += "".join(f"{e:{w}.1e}" for e, w in zip(checked[name], (12, 10, 10), strict=False))
             print(line, flush=True)
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from fastdpo.recorder import peak_memory_mib, resident_memory_mib
 
 
 def check(name: str, result: Tensor, truth: Tensor, tolerance: float) -> None:
@@ -35,6 +38,18 @@ def alternate(
             if turn >= warmup:
                 times[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def peak_mib(call: Callable[[], Sequence[Tensor]]) -> tuple[float, float]:
+    """Peak resident MiB of one call above what was resident before and the tensors it returns; and its seconds.
+
+    For a process of its own: what it held at its most before is forgotten (Linux).
+    """
+    Path("/proc/self/clear_refs").write_text("5")
+    before, start = resident_memory_mib(), time.perf_counter()
+    returned = call()
+    seconds = time.perf_counter() - start
+    return peak_memory_mib() - before - sum(tensor.nbytes for tensor in returned) / 2**20, seconds
 
 
 def machine() -> str:

@@ -2,9 +2,9 @@
 
 A backend is a module with the functions of eager.py: row_forward, row_backward; column_mass, column_probs,
 compact_gradient, add_weight_gradient; sequence_sums, pair_sigmoid; and `unavailable() -> str | None`, the reason why
-it cannot run here. It may have `stream_tile` and `stream_gradient` (tiles.py), which take hidden states to row results,
-kept columns and gradients without logits in memory, and then has `streams() -> bool`, whether they run here. Where its
-launches return before their work is done, it says so: `QUEUES = True`.
+it cannot run here. It may have `stream_forward`, `stream_backward` and `stream_gradient` (tiles.py), which take hidden
+states to row results, kept columns and gradients without logits in memory, and then has `streams() -> bool`, whether
+they run here. Where its launches return before their work is done, it says so: `QUEUES = True`.
 """
 
 from __future__ import annotations

@@ -137,14 +137,14 @@ class Search:
         self._queued: deque[_Queued] = deque()
         self._gathered: list[_Gathered] = []
 
-    def worthwhile(self) -> bool:
-        """Whether to search on: not where most tiles turn out dense."""
-        settled = len(self.found) - len(self._queued)
-        sparse = len(self._gathered) + sum(compact is not None for compact in self.found)
-        return self.grad_tol > 0 and 2 * (settled - sparse) <= settled + 1
-
     def add(self, logits: Tensor, targets: Tensor, lse: Tensor) -> None:
         """The next tile: logits `[n, V]`, targets int64 `[n]`, lse `[n]`."""
+        settled = len(self.found) - len(self._queued)
+        sparse = len(self._gathered) + sum(compact is not None for compact in self.found)
+        # Where most tiles turn out dense, the search is not worth its time
+        if self.grad_tol == 0 or not len(targets) or 2 * (settled - sparse) > settled + 1:
+            self.found.append(None)
+            return
         mass = self.kernels.column_mass(logits, lse, self.transform)
         keep = choose_columns(mass, targets, self.grad_tol * len(targets))
         rest = mass.masked_fill(keep, 0)

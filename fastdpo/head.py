@@ -209,7 +209,9 @@ class LinearTokenLogpsFunction(Function):
         else:
             head = _head(options, weight, bias, dtype, hidden.device)
             with torch.autocast(hidden.device.type, enabled=False):
-                results, saved = tiles.forward(head, flat, targets, tuple(kernel_stats), keep=any(ctx.needs_input_grad))
+                results, saved = tiles.forward(
+                    head, flat, targets, tuple(kernel_stats), tuple(_linear_needs(ctx.needs_input_grad, bias))
+                )
         by_name = dict(zip(("logps", "lse", *kernel_stats), results, strict=True))
         if saved is not None and "dropped_mass" in options.stats:
             by_name["dropped_mass"] = tiles.dropped_mass(saved, targets)

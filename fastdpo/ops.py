@@ -103,7 +103,7 @@ def linear_forward(hidden, weight, bias, targets, *rest):  # type: ignore[no-unt
     *transform, stats, dtype, workspace_mb, backend = rest
     kernels = choose(backend, hidden.device, dtype)
     head = tiles.Head(weight, bias, Transform(*transform), dtype, 0.0, workspace_mb, kernels)
-    return tiles.forward(head, hidden, targets, tuple(stats), keep=False)[0]
+    return tiles.forward(head, hidden, targets, tuple(stats), (False,) * 3)[0]
 
 
 @linear_forward.register_fake

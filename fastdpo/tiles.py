@@ -4,7 +4,8 @@ Forward: tiles of tokens. A backend that streams takes a tile through cache, its
 `[n, V]`, in one reused buffer of at most `workspace_mb` (two of half of it, where a GPU works ahead of the host).
 
 Backward, one of three:
-- compact: with `grad_tol` > 0 the forward kept the columns that hold the probability (compaction.py);
+- compact: with `grad_tol` > 0 the forward kept the columns that hold the probability (compaction.py); where the head
+  is frozen it kept, in their place, the gradient of each token's logp;
 - kept: all logits fitted the workspace, and the forward left them: 6*N*V*H operations;
 - recomputed: tiles of vocabulary columns over all tokens, 8*N*V*H operations. A tile `[N, w]` owns w whole rows of
   dW, so dW is summed inside one product (float32) and rounded once, with no float32 `[V, H]` buffer. Tiles whose
@@ -13,6 +14,7 @@ Backward, one of three:
 
 from __future__ import annotations
 
+import itertools
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -28,6 +30,8 @@ from .products import add_product, write_product
 # Tokens a compact tile: more tokens share a column, fewer leave more columns empty. 256 keeps 3 to 7% of Gemma 3's
 # vocabulary on real text where 512 keeps 9 to 14%, and still fills the library's products
 _COMPACT_TOKENS = 256
+# Of tiles whose columns are known at once where only the gradient of their logps is kept
+_FROZEN_TILES = 8
 # Where weight is not in the dtype of the product (autocast), this many bytes of it are cast at a time
 _CAST_BYTES = 32 << 20
 
@@ -74,7 +78,7 @@ class Head(NamedTuple):
             and self.weight.dtype in (torch.bfloat16, torch.float32)
             and self.weight.stride(1) == 1
             and self.weight.shape[1] % 2 == 0
-            and hasattr(self.kernels, "stream_tile")
+            and hasattr(self.kernels, "stream_forward")
             and self.kernels.streams()
         )
 
@@ -96,12 +100,22 @@ class RowGrads(NamedTuple):
         return RowGrads(*parts)
 
 
+class Frozen(NamedTuple):
+    """What a tile keeps where the head needs no gradient: dX but for the factor d loss / d logp."""
+
+    dropped: Tensor  # [n], as Compact's
+    hidden_grad: Tensor  # [n, H] float32, d logp / d hidden
+
+
 class Saved(NamedTuple):
     """What a forward keeps for its backward beside its inputs and results. [n]: the rows that count."""
 
     rows: Tensor | None  # int64 [n]: those that count; None: all
     logits: Tensor | None  # [n, V], overwritten by the backward
-    tiles: list[tuple[int, int, Compact | None]]  # first row, last row + 1; None: dense
+    tiles: list[tuple[int, int, Compact | Frozen | None]]  # first row, last row + 1; None: dense
+
+
+_KINDS: dict[int, Any] = {0: lambda: None, len(Frozen._fields): Frozen, len(Compact._fields): Compact}
 
 
 def flatten(saved: Saved | None) -> tuple[Any, list[Tensor]]:
@@ -109,8 +123,8 @@ def flatten(saved: Saved | None) -> tuple[Any, list[Tensor]]:
     if saved is None:
         return None, []
     there = [x is not None for x in saved[:2]]
-    tiles = [(first, last, compact is not None) for first, last, compact in saved.tiles]
-    tensors = [*saved[:2], *(x for tile in saved.tiles for x in tile[2] or ())]
+    tiles = [(first, last, len(kept or ())) for first, last, kept in saved.tiles]
+    tensors = [*saved[:2], *(x for *_, kept in saved.tiles for x in kept or ())]
     return (there, tiles), [x for x in tensors if x is not None]
 
 
@@ -121,9 +135,7 @@ def unflatten(layout: Any, tensors: list[Tensor]) -> Saved | None:
     rest = iter(tensors)
     # .data: the backward's overwriting is its own affair, not autograd's
     rows, logits = (next(rest).data if x else None for x in there)
-    return Saved(
-        rows, logits, [(a, b, Compact(*(next(rest) for _ in range(4))) if kept else None) for a, b, kept in tiles]
-    )
+    return Saved(rows, logits, [(a, b, _KINDS[count](*itertools.islice(rest, count))) for a, b, count in tiles])
 
 
 def forward(
@@ -131,59 +143,93 @@ def forward(
     hidden: Tensor,  # [N, H]
     targets: Tensor,  # int64 [N], -1: not computed, results 0
     stats: tuple[str, ...],
-    keep: bool,
+    needs: tuple[bool, ...],  # gradients of hidden, weight, bias
 ) -> tuple[list[Tensor], Saved | None]:
-    """logps, lse and stats (as row_forward), each `[N]`; and, where `keep`, what spares the backward work."""
-    vocab = head.weight.shape[0]
+    """logps, lse and stats (as row_forward), each `[N]`; and what spares the backward work, where there will be one."""
     rows = _counted(targets)
     x, y = _select(hidden, rows, head.dtype), targets if rows is None else targets[rows]
-    compact, streams = keep and head.grad_tol > 0, head.streams()
-    fits = len(x) * vocab * head.dtype.itemsize <= head.workspace_mb * 2**20
-    whole = keep and not compact and not streams and fits
-    # Tokens a tile: as many logits as the workspace holds, where there are any; as few as compaction wants
-    step = max(1, len(x)) if whole or streams else head.tile(vocab, max(1, len(x)))
-    if compact or streams:
-        step = min(step, _COMPACT_TOKENS)
-    # A GPU computes the next tile while the host waits for the number of columns of this one, where both fit
-    two = compact and head.queues() and step < len(x) and head.tile(2 * vocab, step) == step
-    buffers = [] if streams else [x.new_empty((min(step, len(x)), vocab)) for _ in range(1 + two)]
-    parts: list[list[Tensor]] = []
-    search = compaction.Search(head.weight, head.transform, head.grad_tol if compact else 0.0, head.kernels)
-    starts = range(0, len(x), step)
-    for number, start in enumerate(starts):
-        tile_x, tile_y = x[start : start + step], y[start : start + step]
-        tol = head.grad_tol if search.worthwhile() else 0.0
-        if streams:
-            results, kept = head.kernels.stream_tile(
-                tile_x, head.weight, head.bias, tile_y, head.transform, stats, tol, head.workspace_mb
-            )
-            search.found.append(kept)
-        else:
-            search.settle(len(buffers) - 1)  # the tile that was in this buffer
-            logits = buffers[number % len(buffers)][: len(tile_x)]
-            head.logits(tile_x, 0, vocab, logits)
-            results = head.kernels.row_forward(logits[None], tile_y, head.transform, stats)
-            if tol > 0:
-                search.add(logits, tile_y, results[1])
-            else:
-                search.found.append(None)
+    if not any(needs):
+        head = head._replace(grad_tol=0.0)
+    frozen = head.grad_tol > 0 and not any(needs[1:])
+    run = _streamed if head.streams() else _from_tiles
+    step = _FROZEN_TILES * _COMPACT_TOKENS if frozen else max(1, len(x))
+    parts, tiles, logits = [], [], None
+    for start in range(0, max(1, len(x)), step):
+        part = slice(start, start + step)
+        results, kept, logits = run(head, x[part], y[part], stats, keep=any(needs))
+        if frozen:
+            kept = _freeze(head, RowGrads(y[part], results[0], results[1], None, None, None), x[part], kept)
         parts.append(results)
-    tiles = [(start, min(start + step, len(x)), kept) for start, kept in zip(starts, search.finish(), strict=True)]
-    if not parts:  # nothing counts: results of the right dtypes from no rows
-        parts.append(head.kernels.row_forward(x.new_empty((1, 0, vocab)), y, head.transform, stats))
+        tiles += [(start + first, start + last, compact) for first, last, compact in kept]
     results = [torch.cat(column) for column in zip(*parts, strict=True)]
     if rows is not None:
         results = [r.new_zeros(targets.shape).index_copy(0, rows, r) for r in results]
-    return results, Saved(rows, buffers[0] if whole else None, tiles) if keep else None
+    return results, Saved(rows, logits, tiles) if any(needs) else None
+
+
+_Tiles = list[tuple[int, int, Compact | Frozen | None]]
+_Forward = tuple[list[Tensor], _Tiles, Tensor | None]  # results, tiles, logits kept
+
+
+def _streamed(head: Head, x: Tensor, y: Tensor, stats: tuple[str, ...], keep: bool) -> _Forward:
+    step = _compact_step(len(x))
+    results, kept = head.kernels.stream_forward(
+        x, head.weight, head.bias, y, head.transform, stats, step, head.grad_tol, head.workspace_mb
+    )
+    starts = range(0, len(x), step)
+    return results, [(a, min(a + step, len(x)), tile) for a, tile in zip(starts, kept, strict=True)], None
+
+
+def _from_tiles(head: Head, x: Tensor, y: Tensor, stats: tuple[str, ...], keep: bool) -> _Forward:
+    vocab, count = head.weight.shape[0], max(1, len(x))
+    compact = keep and head.grad_tol > 0
+    whole = keep and not compact and len(x) * vocab * head.dtype.itemsize <= head.workspace_mb * 2**20
+    step = count if whole else head.tile(vocab, count)
+    if compact:
+        step = min(step, _compact_step(count))
+    # A GPU computes the next tile while the host waits for the number of columns of this one, where both fit
+    half = head.tile(2 * vocab, step)
+    two = compact and head.queues() and step < count and 4 * half >= 3 * step
+    step = half if two else step
+    buffers = [x.new_empty((min(step, len(x)), vocab)) for _ in range(1 + two)]
+    parts: list[list[Tensor]] = []
+    search = compaction.Search(head.weight, head.transform, head.grad_tol if compact else 0.0, head.kernels)
+    starts = range(0, count, step)
+    for number, start in enumerate(starts):
+        tile_x, tile_y = x[start : start + step], y[start : start + step]
+        search.settle(len(buffers) - 1)  # the tile that was in this buffer
+        logits = buffers[number % len(buffers)][: len(tile_x)]
+        head.logits(tile_x, 0, vocab, logits)
+        results = head.kernels.row_forward(logits[None], tile_y, head.transform, stats)
+        search.add(logits, tile_y, results[1])
+        parts.append(results)
+    tiles: _Tiles = [(a, min(a + step, len(x)), kept) for a, kept in zip(starts, search.finish(), strict=True)]
+    return [torch.cat(column) for column in zip(*parts, strict=True)], tiles, buffers[0] if whole else None
+
+
+def _compact_step(count: int) -> int:
+    """Tokens a tile: about _COMPACT_TOKENS, none much smaller, in whole vectors."""
+    tiles = max(1, round(count / _COMPACT_TOKENS))
+    return max(16, -(-count // (16 * tiles)) * 16)
+
+
+def _freeze(head: Head, rows: RowGrads, x: Tensor, tiles: _Tiles) -> _Tiles:
+    """The compact tiles' gradients of logp in place of their columns."""
+    unit = rows._replace(grad_logps=torch.ones_like(rows.logps))
+    dx = _zeros(x, x.shape)
+    _compact(head, x, unit, tiles, dx, None, None, add=False)
+    return [
+        (first, last, None if kept is None else Frozen(kept.dropped, dx[first:last])) for first, last, kept in tiles
+    ]
 
 
 def dropped_mass(saved: Saved | None, targets: Tensor) -> Tensor:
     """`[N]` float32: probability that a token's gradient leaves out; 0 where it is exact."""
     result = torch.zeros(targets.shape, dtype=torch.float32, device=targets.device)
     if saved is not None:
-        for first, last, compact in saved.tiles:
-            if compact is not None:
-                result[slice(first, last) if saved.rows is None else saved.rows[first:last]] = compact.dropped
+        for first, last, kept in saved.tiles:
+            if kept is not None:
+                result[slice(first, last) if saved.rows is None else saved.rows[first:last]] = kept.dropped
     return result
 
 
@@ -202,22 +248,19 @@ def backward(
     dw = torch.empty_like(head.weight, memory_format=torch.contiguous_format) if needs[1] else None
     db = torch.empty_like(head.bias) if needs[2] and head.bias is not None else None
 
-    tiles = [] if saved is None else [t for t in saved.tiles if t[2] is not None]
-    if tiles and grads.grad_entropy is None and grads.grad_logps is not None:
-        dense = [slice(first, last) for first, last, compact in saved.tiles if compact is None]  # type: ignore[union-attr]
-        rest = torch.cat([torch.arange(len(x), device=x.device)[part] for part in dense]) if dense else None
-        if rest is None:
-            for whole in (dw, db):
-                if whole is not None:
-                    whole.zero_()
-        else:
+    tiles = [] if saved is None else saved.tiles
+    dense = [torch.arange(first, last, device=x.device) for first, last, kept in tiles if kept is None]
+    if len(dense) == len(tiles) or grads.grad_entropy is not None or grads.grad_logps is None:
+        # The entropy's gradient lives in the tail too: exact
+        _exact(head, x, grads, saved.logits if saved is not None else None, dx, dw, db)
+    else:
+        if dense:
+            rest = torch.cat(dense)
             part_dx = None if dx is None else dx[rest]
             _exact(head, x[rest], grads.select(rest), None, part_dx, dw, db)
             if dx is not None and part_dx is not None:
                 dx[rest] = part_dx
-        _compact(head, x, grads, tiles, dx, dw, db, zeros=rest is None)
-    else:  # the entropy's gradient lives in the tail too: exact
-        _exact(head, x, grads, saved.logits if saved is not None else None, dx, dw, db)
+        _compact(head, x, grads, tiles, dx, dw, db, add=bool(dense))
 
     if dx is not None and rows is not None:
         dx = dx.new_zeros(hidden.shape).index_copy(0, rows, dx)
@@ -232,25 +275,42 @@ def _compact(
     head: Head,
     x: Tensor,
     grads: RowGrads,
-    tiles: list[tuple[int, int, Compact | None]],
+    tiles: _Tiles,
     dx: Tensor | None,
     dw: Tensor | None,
     db: Tensor | None,
-    zeros: bool,
+    add: bool,  # dw and db hold the dense tiles' part; otherwise every row of them is written
 ) -> None:
+    """The rows of dX of the tiles that are not dense, and their part of dW and db."""
+    targets, logps, lse, _, grad_logps, _ = grads
+    assert grad_logps is not None
+    for first, last, kept in tiles:
+        if isinstance(kept, Frozen) and dx is not None:
+            dx[first:last] = grad_logps[first:last, None] * kept.hidden_grad
+    compact = [(first, last, kept) for first, last, kept in tiles if isinstance(kept, Compact)]
+    if not compact:
+        return
+    if head.streams():
+        head.kernels.stream_backward(
+            *(x, head.weight, targets, logps, lse, grad_logps, head.transform),
+            *([(first, kept) for first, _, kept in compact], dx, dw, db, add),
+        )
+        return
+    if not add:
+        for whole in (dw, db):
+            if whole is not None:
+                whole.zero_()
     inputs = []
-    for first, last, compact in tiles:
+    for first, last, kept in compact:
         part = slice(first, last)
-        targets, logps, lse, _, grad_logps, _ = grads.select(part)
-        assert grad_logps is not None and compact is not None
-        inputs.append((compaction.Rows(x[part], targets, logps, lse, grad_logps), compact))
+        inputs.append((compaction.Rows(x[part], targets[part], logps[part], lse[part], grad_logps[part]), kept))
     # A GPU wants few and large products, and the logits' buffer is free by now
     sum_bytes = int(head.workspace_mb * 2**20) if head.queues() else compaction.SUM_BYTES
     tile_dx = compaction.backward(
-        inputs, head.weight, head.transform, head.kernels, dx is not None, dw, db, zeros, sum_bytes
+        inputs, head.weight, head.transform, head.kernels, dx is not None, dw, db, not add, sum_bytes
     )
     if dx is not None:
-        for (first, last, _), part_dx in zip(tiles, tile_dx, strict=True):
+        for (first, last, _), part_dx in zip(compact, tile_dx, strict=True):
             dx[first:last] = part_dx
 
 
@@ -265,13 +325,16 @@ def _exact(
 ) -> None:
     count, vocab, streams = len(x), head.weight.shape[0], head.streams()
     step = vocab if logits is not None else head.tile(max(1, count), vocab)
-    buffer = x.new_empty(0 if logits is not None or streams else count * step)
+    buffer = x.new_empty(0 if logits is not None else count * step)
     for start in range(0, vocab, step):
         stop = min(start + step, vocab)
+        fresh = buffer[: count * (stop - start)]
         if streams:
-            tile = head.kernels.stream_gradient(x, head.weight, head.bias, *grads, head.transform, start, stop).t()
+            tile = fresh.view(stop - start, count)
+            head.kernels.stream_gradient(x, head.weight, head.bias, *grads, head.transform, start, tile)
+            tile = tile.t()
         else:
-            tile = logits if logits is not None else buffer[: count * (stop - start)].view(count, stop - start)
+            tile = fresh.view(count, stop - start) if logits is None else logits
             if logits is None:
                 head.logits(x, start, stop, tile)
             # tile: logits -> d loss / d logits, in place

@@ -7,9 +7,8 @@ import functools
 import torch
 from torch import Tensor
 
-from fastdpo import eager
 from fastdpo.compaction import Compact
-from fastdpo.eager import column_mass, column_probs
+from fastdpo.eager import add_weight_gradient, column_mass, column_probs
 from fastdpo.options import Transform
 
 from .build import BuildError, library
@@ -23,8 +22,9 @@ __all__ = [
     "row_backward",
     "row_forward",
     "sequence_sums",
+    "stream_backward",
+    "stream_forward",
     "stream_gradient",
-    "stream_tile",
     "streams",
     "unavailable",
 ]
@@ -72,31 +72,56 @@ def row_backward(
 
 @functools.cache
 def streams() -> bool:
-    """Whether `stream_tile` runs on this CPU: it needs bf16 products (AVX512-BF16 or AMX)."""
+    """Whether the stream_ functions run on this CPU: it needs bf16 products (AVX512-BF16 or AMX)."""
     return torch.ops.fastdpo_cpu.streams()
 
 
-def stream_tile(
-    hidden: Tensor,  # bf16 [n, H], H even
+def stream_forward(
+    hidden: Tensor,  # bf16 [N, H], H even
     weight: Tensor,  # bf16 or float32 [V, H], dense rows
     bias: Tensor | None,  # [V]
-    targets: Tensor,  # int64 [n], all in [0, V)
+    targets: Tensor,  # int64 [N], all in [0, V)
     transform: Transform,
     stats: tuple[str, ...],
+    tile_tokens: int,
     grad_tol: float,
     workspace_mb: float,
-) -> tuple[list[Tensor], Compact | None]:
-    """row_forward's results straight from hidden states (float32 logits, never as a whole); and the kept columns.
+) -> tuple[list[Tensor], list[Compact | None]]:
+    """row_forward's results straight from hidden states (float32 logits, never as a whole); each tile's kept columns.
 
     None in their place where grad_tol is 0 or the softmax is not sparse enough (or the workspace too small to see it).
     """
-    bias = None if bias is None else bias.float().contiguous()
     out = torch.ops.fastdpo_cpu.stream_forward(
-        hidden.contiguous(), weight, bias, targets, *transform, bool(stats), grad_tol, workspace_mb
+        *(hidden.contiguous(), weight, _float(bias), targets, *transform),
+        *(bool(stats), tile_tokens, grad_tol, workspace_mb),
     )
-    *results, columns, probs, dropped, mean_row = out
-    compact = Compact(columns, probs, dropped, mean_row) if len(columns) else None
-    return _ordered(results, stats), compact
+    count = 2 + (len(_STATS) if stats else 0)
+    tiles = [Compact(*out[i : i + 4]) if len(out[i]) else None for i in range(count, len(out), 4)]
+    return _ordered(out[:count], stats), tiles
+
+
+def stream_backward(
+    hidden: Tensor,  # bf16 [N, H]; weight and targets as in stream_forward
+    weight: Tensor,
+    targets: Tensor,
+    logps: Tensor,  # [N]
+    lse: Tensor,
+    grad_logps: Tensor,
+    transform: Transform,
+    tiles: list[tuple[int, Compact]],  # first token; columns
+    dx: Tensor | None,  # float32 [N, H]: the tiles' rows are written
+    dw: Tensor | None,  # [V, H] like weight
+    db: Tensor | None,  # [V]
+    add: bool,  # dw and db hold another part already; otherwise every row of them is written
+) -> None:
+    """The compact backward (compaction.py) of all tiles at once, in float32 and rounded once."""
+    db32 = None if db is None else db.float()
+    torch.ops.fastdpo_cpu.stream_backward(
+        *(hidden.contiguous(), weight, targets, logps, lse, grad_logps, *transform, [first for first, _ in tiles]),
+        *([part for _, kept in tiles for part in kept], dx, dw, db32, add),
+    )
+    if db is not None and db32 is not None:
+        db.copy_(db32)
 
 
 def stream_gradient(
@@ -111,12 +136,17 @@ def stream_gradient(
     grad_entropy: Tensor | None,
     transform: Transform,
     first: int,
-    last: int,
-) -> Tensor:
-    """row_backward's gradient of columns first .. last-1 from hidden states, transposed: bf16 `[last-first, n]`."""
-    bias = None if bias is None else bias.float().contiguous()
+    out: Tensor,  # bf16 [w, n]
+) -> None:
+    """row_backward's gradient of the w columns from `first` on, from hidden states, transposed."""
     rows = (targets, logps, lse, entropy, grad_logps, grad_entropy)
-    return torch.ops.fastdpo_cpu.stream_gradient(hidden.contiguous(), weight, bias, *rows, *transform, first, last)
+    torch.ops.fastdpo_cpu.stream_gradient(
+        hidden.contiguous(), weight, _float(bias), *rows, *transform, first, first + len(out), out
+    )
+
+
+def _float(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.float().contiguous()
 
 
 def compact_gradient(
@@ -131,15 +161,6 @@ def compact_gradient(
     return torch.ops.fastdpo_cpu.compact_gradient(
         probs.contiguous(), columns, targets, logps, lse, grad_logps, *transform
     )
-
-
-def add_weight_gradient(total: Tensor, slots: Tensor, grad: Tensor, hidden: Tensor) -> None:
-    if grad.dtype != torch.bfloat16 or not streams():
-        eager.add_weight_gradient(total, slots, grad, hidden)
-        return
-    if grad.shape[1] % 2:  # the product takes tokens in pairs
-        grad, hidden = torch.nn.functional.pad(grad, (0, 1)), torch.nn.functional.pad(hidden, (0, 0, 0, 1))
-    torch.ops.fastdpo_cpu.weight_gradient(total, slots, grad, hidden.contiguous())
 
 
 def sequence_sums(values: Tensor, bounds: Tensor) -> Tensor:

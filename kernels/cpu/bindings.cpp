@@ -77,13 +77,6 @@ void backward(
       vocab_start, to);
 }
 
-template <typename T>
-Tensor to_tensor(const std::vector<T>& values, at::IntArrayRef shape, at::ScalarType dtype) {
-  Tensor out = at::empty(shape, at::TensorOptions().dtype(dtype));
-  std::copy(values.begin(), values.end(), out.data_ptr<T>());
-  return out;
-}
-
 // Whether this CPU has the bf16 product that the streamed head is made of
 bool streams() {
   const at::BFloat16 one[2] = {1, 1};
@@ -111,39 +104,74 @@ StreamInputs stream_inputs(
       weight.stride(0), floats(bias, vocab), targets.const_data_ptr<int64_t>(), n, vocab, width, t};
 }
 
-// D.T of columns first .. last-1: bf16 [last - first, n]
-Tensor streamed_gradient(
+// D.T of columns first .. last-1 into out, bf16 [last - first, n]
+void streamed_gradient(
     const Tensor& hidden, const Tensor& weight, const OptTensor& bias, const Tensor& targets, const Tensor& logps,
     const Tensor& lse, const OptTensor& entropy, const OptTensor& grad_logps, const OptTensor& grad_entropy,
-    double logit_scale, std::optional<double> softcap, double temperature, int64_t first, int64_t last) {
+    double logit_scale, std::optional<double> softcap, double temperature, int64_t first, int64_t last, Tensor out) {
   const int64_t n = hidden.size(0);
+  check_rows(out, (last - first) * n);
   const auto in = stream_inputs(hidden, weight, bias, targets, {logit_scale, softcap, temperature});
   TORCH_CHECK(0 <= first && first <= last && last <= in.vocab, "first, last: expected a range of columns");
   TORCH_CHECK(!grad_entropy || entropy, "grad_entropy needs entropy");
   const RowGrads grads{floats(logps, n), floats(lse, n), floats(entropy, n), floats(grad_logps, n),
                        floats(grad_entropy, n)};
-  Tensor out = at::empty({last - first, n}, hidden.options());
   stream_gradient(in, grads, first, last, out.data_ptr<at::BFloat16>());
+}
+
+// row results as forward(), then columns int32 [k], probs bf16 [k, n], dropped [n], mean_row [H] of each tile; k = 0: dense
+std::vector<Tensor> stream(
+    const Tensor& hidden, const Tensor& weight, const OptTensor& bias, const Tensor& targets, double logit_scale,
+    std::optional<double> softcap, double temperature, bool stats, int64_t tile_tokens, double grad_tol,
+    double workspace_mb) {
+  TORCH_CHECK(tile_tokens > 0, "tile_tokens: expected a positive number, got ", tile_tokens);
+  const auto in = stream_inputs(hidden, weight, bias, targets, {logit_scale, softcap, temperature});
+  auto [out, results] = row_results(hidden, in.n, stats);
+  for (const Compact& tile : stream_forward(in, tile_tokens, grad_tol, workspace_mb, results)) {
+    const bool kept = tile.columns.defined();
+    for (const Tensor& part : {tile.columns, tile.probs, tile.dropped, tile.mean_row})
+      out.push_back(kept ? part : at::empty({0}, hidden.options().dtype(at::kFloat)));
+  }
   return out;
 }
 
-// row results as forward(), then columns int32 [k], probs bf16 [k, n], dropped [n], mean_row [H]; k = 0: dense
-std::vector<Tensor> stream(
-    const Tensor& hidden, const Tensor& weight, const OptTensor& bias, const Tensor& targets, double logit_scale,
-    std::optional<double> softcap, double temperature, bool stats, double grad_tol, double workspace_mb) {
-  const int64_t n = hidden.size(0), width = hidden.size(1);
-  const auto in = stream_inputs(hidden, weight, bias, targets, {logit_scale, softcap, temperature});
-  auto [out, results] = row_results(hidden, n, stats);
-  Compact compact;
-  stream_forward(in, grad_tol, workspace_mb, results, compact);
-  const int64_t k = int64_t(compact.columns.size());
-  compact.dropped.resize(n);
-  compact.mean_row.resize(width);
-  out.push_back(to_tensor(compact.columns, {k}, at::kInt));
-  out.push_back(to_tensor(compact.probs, {k, n}, at::kBFloat16));
-  out.push_back(to_tensor(compact.dropped, {n}, at::kFloat));
-  out.push_back(to_tensor(compact.mean_row, {width}, at::kFloat));
-  return out;
+// Of the tiles that start at tokens `firsts`, four tensors each as stream() returned them. dx float32 [n, H], dw like
+// weight, db float32 [V]; with `add`, dw and db hold another part already.
+void compact_backward(
+    const Tensor& hidden, const Tensor& weight, const Tensor& targets, const Tensor& logps, const Tensor& lse,
+    const Tensor& grad_logps, double logit_scale, std::optional<double> softcap, double temperature,
+    at::IntArrayRef firsts, at::TensorList kept, const OptTensor& dx, const OptTensor& dw, const OptTensor& db,
+    bool add) {
+  const auto in = stream_inputs(hidden, weight, std::nullopt, targets, {logit_scale, softcap, temperature});
+  const RowGrads grads{floats(logps, in.n), floats(lse, in.n), nullptr, floats(grad_logps, in.n), nullptr};
+  TORCH_CHECK(kept.size() == 4 * firsts.size(), "kept: expected four tensors a tile");
+  std::vector<Compact> compacts;
+  std::vector<CompactTile> tiles;
+  compacts.reserve(firsts.size());
+  for (size_t t = 0; t < firsts.size(); ++t) {
+    const Compact& tile = compacts.emplace_back(Compact{kept[4 * t], kept[4 * t + 1], kept[4 * t + 2], kept[4 * t + 3]});
+    const int64_t n = tile.dropped.numel(), k = tile.columns.numel();
+    check_rows(tile.columns, k);
+    check_rows(tile.probs, k * n);
+    check_rows(tile.mean_row, in.width);
+    TORCH_CHECK(0 <= firsts[t] && firsts[t] + n <= in.n, "firsts: expected tiles within the tokens");
+    tiles.push_back({firsts[t], n, tile});
+  }
+  StreamGradients out{nullptr, nullptr, nullptr, add};
+  if (dx) {
+    check_rows(*dx, in.n * in.width);
+    out.dx = dx->data_ptr<float>();
+  }
+  if (dw) {
+    check_rows(*dw, in.vocab * in.width);
+    TORCH_CHECK(dw->scalar_type() == weight.scalar_type(), "dw: expected weight's dtype");
+    out.dw = dw->data_ptr();
+  }
+  if (db) {
+    check_rows(*db, in.vocab);
+    out.db = db->data_ptr<float>();
+  }
+  stream_backward(in, grads, tiles, out);
 }
 
 // probs bf16 or float32 [k, n], columns int32 [k] -> gradient like probs
@@ -160,18 +188,6 @@ Tensor compact(
       probs.scalar_type(), probs.const_data_ptr(), k, n, columns.const_data_ptr<int32_t>(),
       targets.const_data_ptr<int64_t>(), grads, {logit_scale, softcap, temperature}, out.data_ptr());
   return out;
-}
-
-void weight_gradient(Tensor total, const Tensor& slots, const Tensor& grad, const Tensor& hidden) {
-  const int64_t k = grad.size(0), n = grad.size(1), width = hidden.size(1);
-  check_rows(slots, k);
-  check_rows(grad, k * n);
-  check_rows(hidden, n * width);
-  TORCH_CHECK(n % 2 == 0, "grad: expected an even number of tokens");
-  TORCH_CHECK(total.is_contiguous() && total.size(1) == width, "total: expected contiguous [., H]");
-  add_weight_gradient(
-      total.data_ptr<float>(), slots.const_data_ptr<int64_t>(), grad.const_data_ptr<at::BFloat16>(),
-      hidden.const_data_ptr<at::BFloat16>(), k, n, width);
 }
 
 Tensor sums(const Tensor& values, const Tensor& bounds) {
@@ -208,8 +224,13 @@ TORCH_LIBRARY(fastdpo_cpu, m) {
   m.def("streams() -> bool", streams);
   m.def(
       "stream_forward(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float logit_scale, float? softcap, "
-      "float temperature, bool stats, float grad_tol, float workspace_mb) -> Tensor[]",
+      "float temperature, bool stats, int tile_tokens, float grad_tol, float workspace_mb) -> Tensor[]",
       stream);
+  m.def(
+      "stream_backward(Tensor hidden, Tensor weight, Tensor targets, Tensor logps, Tensor lse, Tensor grad_logps, "
+      "float logit_scale, float? softcap, float temperature, int[] firsts, Tensor[] kept, Tensor(a!)? dx, "
+      "Tensor(b!)? dw, Tensor(c!)? db, bool add) -> ()",
+      compact_backward);
   m.def(
       "compact_gradient(Tensor probs, Tensor columns, Tensor targets, Tensor logps, Tensor lse, Tensor grad_logps, "
       "float logit_scale, float? softcap, float temperature) -> Tensor",
@@ -217,9 +238,8 @@ TORCH_LIBRARY(fastdpo_cpu, m) {
   m.def(
       "stream_gradient(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor logps, Tensor lse, "
       "Tensor? entropy, Tensor? grad_logps, Tensor? grad_entropy, float logit_scale, float? softcap, "
-      "float temperature, int first, int last) -> Tensor",
+      "float temperature, int first, int last, Tensor(a!) out) -> ()",
       streamed_gradient);
-  m.def("weight_gradient(Tensor(a!) total, Tensor slots, Tensor grad, Tensor hidden) -> ()", weight_gradient);
   m.def("sequence_sums(Tensor values, Tensor bounds) -> Tensor", sums);
   m.def(
       "pair_sigmoid(Tensor logps, Tensor bounds, Tensor? ref_logps, float beta, float label_smoothing) "

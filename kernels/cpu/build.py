@@ -24,13 +24,24 @@ SOURCES = (
     "row_forward.cpp",
     "row_backward.cpp",
     "stream.cpp",
+    "choose.cpp",
+    "stream_backward.cpp",
     "stream_gradient.cpp",
     "compact_gradient.cpp",
-    "weight_gradient.cpp",
     "sequences.cpp",
     "bindings.cpp",
 )
-HEADERS = ("gradient.h", "kernels.h", "pack.h", "simd.h", "stream.h", "transform.h")
+HEADERS = (
+    "compact_gradient.h",
+    "gradient.h",
+    "kernels.h",
+    "pack.h",
+    "simd.h",
+    "stream.h",
+    "stream_tile.h",
+    "tasks.h",
+    "transform.h",
+)
 
 
 class BuildError(RuntimeError):

@@ -61,16 +61,6 @@ void compact_gradient(
     const Transform&,
     void* out);
 
-// total [., H] rows slots [k] += grad [k, n] @ hidden [n, H]; n even, slots without repetition
-void add_weight_gradient(
-    float* total,
-    const int64_t* slots,
-    const c10::BFloat16* grad,
-    const c10::BFloat16* hidden,
-    int64_t k,
-    int64_t n,
-    int64_t width);
-
 void sequence_sums(const float* values, const int64_t* bounds, int64_t sequences, float* sums);
 
 void pair_sigmoid(

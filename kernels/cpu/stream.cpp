@@ -11,19 +11,14 @@
 //
 // Chunks and waves are of fixed sizes and merge in order: results do not depend on the number of threads.
 
-#include "stream.h"
-
-#include <ATen/Parallel.h>
 #include <ATen/native/CPUBlas.h>
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
-#include <numeric>
 #include <utility>
 
-#include "pack.h"
-#include "simd.h"
+#include "stream_tile.h"
+#include "tasks.h"
 #include "transform.h"
 
 namespace fastdpo {
@@ -38,80 +33,21 @@ constexpr int64_t kProbe = 4;  // chunks that only raise the bound
 constexpr int64_t kWave = 32;  // chunks between two rises of the bound
 constexpr double kSlack = 256;  // eps = grad_tol / kSlack
 constexpr double kCandidates = 0.4;  // of V: with more the tile is dense, and the search ends
-constexpr double kDense = 0.25;  // of V: keeping more would cost more than it saves
 constexpr float kOverflow = 60;  // x - m beyond this: m rises at once
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-// Per token, over some columns; as Sums in row_forward.cpp. before/after: largest raw logit on either side of the target
-template <typename Real>
-struct TokenSums {
-  std::vector<Real> m, s, dropped, ex, ee, total, before, after;
-
-  TokenSums(int64_t n, Real bound)
-      : m(n, bound), s(n), dropped(n), ex(n), ee(n), total(n), before(n, -kInfinity), after(n, -kInfinity) {}
-
-  void raise(int64_t i, Real to) {
-    const Real delta = to - m[i], f = std::exp2(-delta);
-    ex[i] = s[i] == 0 ? 0 : f * (ex[i] - delta * s[i]);
-    s[i] *= f;
-    dropped[i] *= f;
-    ee[i] *= f * f;
-    m[i] = to;
-  }
-};
-
-struct Chunk {
-  TokenSums<float> sums;
-  std::vector<int32_t> columns;  // candidates
-  std::vector<float> x;  // [candidates, padded n]
-  std::vector<float> row_sum;  // [H] sum of mass * weight[v] over dropped columns
-  double row_mass = 0;
-
-  Chunk(int64_t padded, int64_t width) : sums(padded, 0), row_sum(width) {}
-};
 
 struct Scratch {
   std::vector<float> logits;  // [32, padded n]
   std::vector<BFloat16> weight;  // [32, H], where weight is float32
 };
 
-struct Target {
-  int64_t column, token;
-};
-
-struct Tile {
-  const StreamInputs& in;
-  int64_t padded;  // n, up to whole vectors
-  std::vector<BFloat16> packed;  // hidden.T in pairs of k: [H/2, padded, 2]
-  std::vector<Target> targets;  // by column
-  std::vector<float> bound;  // [padded]
-  // [n] of the target, from the same product as every other logit: x, and the raw logit (negated for a negative scale)
-  std::vector<float> target_x, target_raw;
-
-  explicit Tile(const StreamInputs& inputs) : in(inputs), padded((in.n + kLanes - 1) / kLanes * kLanes) {
-    packed = pack_hidden(in.hidden, in.n, in.width, padded);
-    for (int64_t i = 0; i < in.n; ++i)
-      targets.push_back({in.targets[i], i});
-    std::sort(targets.begin(), targets.end(), [](Target a, Target b) {
-      return a.column != b.column ? a.column < b.column : a.token < b.token;
-    });
-    bound.assign(padded, 200.f);  // a padding token: 2^(x - 200) is nothing
-    target_x.resize(in.n);
-    target_raw.resize(in.n);
-  }
-};
-
 template <typename W, bool kSoftcap, bool kStats>
 struct Streamer {
   Tile& tile;
   Base2<kSoftcap> base2;
-  float log2_eps;  // infinity: no candidates
-  double least_mass;  // below it a dropped row is left out of mean_row
+  float log2_eps;
 
-  Streamer(Tile& t, double grad_tol) : tile(t), base2(t.in.transform) {
-    log2_eps = grad_tol > 0 ? float(std::log2(grad_tol / kSlack)) : kInfinity;
-    least_mass = grad_tol * double(t.in.n) / double(t.in.vocab) / 16;
-  }
+  explicit Streamer(Tile& t)
+      : tile(t), base2(t.in.transform), log2_eps(float(std::log2(t.grad_tol / kSlack))) {}
 
   const W* weight(int64_t v) const {
     return static_cast<const W*>(tile.in.weight) + v * tile.in.weight_stride;
@@ -130,8 +66,7 @@ struct Streamer {
   void chunk(int64_t first, int64_t last, bool collect, Scratch& scratch, Chunk& out) const {
     const auto& in = tile.in;
     std::copy(tile.bound.begin(), tile.bound.end(), out.sums.m.begin());
-    auto target = std::lower_bound(
-        tile.targets.cbegin(), tile.targets.cend(), first, [](Target t, int64_t v) { return t.column < v; });
+    auto target = tile.first_target(first);
     scratch.logits.resize(kRows * tile.padded);
     for (int64_t v0 = first; v0 < last; v0 += kRows) {
       const int64_t rows = std::min(kRows, last - v0);
@@ -243,7 +178,7 @@ struct Streamer {
       return;
     for (int c = 0; c < kCount; ++c) {
       if (drop[c] > 0) {
-        add_row(v + c, sum(mass[c]), out);
+        tile.add_row(v + c, sum(mass[c]), out);
         continue;
       }
       out.columns.push_back(int32_t(v + c));
@@ -267,22 +202,6 @@ struct Streamer {
       }
     }
   }
-
-  void add_row(int64_t v, double mass, Chunk& out) const {
-    if (mass < least_mass)
-      return;
-    const W* w = weight(v);
-    const F factor{static_cast<float>(mass)};
-    float* to = out.row_sum.data();
-    int64_t k = 0;
-    for (; k + kStep <= tile.in.width; k += kStep) {
-      const F2 row = load2(w + k), before = load2(to + k);
-      store2(to + k, F2{at::vec::fmadd(factor, row.a, before.a), at::vec::fmadd(factor, row.b, before.b)});
-    }
-    for (; k < tile.in.width; ++k)
-      to[k] += float(mass) * float(w[k]);
-    out.row_mass += mass;
-  }
 };
 
 void merge(TokenSums<double>& all, const TokenSums<float>& part, int64_t n) {
@@ -298,113 +217,26 @@ void merge(TokenSums<double>& all, const TokenSums<float>& part, int64_t n) {
   }
 }
 
-// Choose among the candidates, lse2 [n] known: p of every candidate in place of its x, least mass dropped first
-template <typename S>
-void choose(const S& streamer, std::vector<Chunk>& chunks, const std::vector<float>& lse2, TokenSums<double>& all,
-            double budget, Compact& compact) {
-  const Tile& tile = streamer.tile;
-  const int64_t n = tile.in.n, padded = tile.padded, count = int64_t(chunks.size());
-  std::vector<int64_t> start(count + 1, 0);
-  for (int64_t c = 0; c < count; ++c)
-    start[c + 1] = start[c] + int64_t(chunks[c].columns.size());
-  std::vector<float> mass(start[count]);
-  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      for (size_t j = 0; j < chunks[c].columns.size(); ++j) {
-        float* x = chunks[c].x.data() + int64_t(j) * padded;
-        F total(0.f);
-        for (int64_t i = 0; i < padded; i += kLanes) {
-          const F p = exp2(F::loadu(x + i) - F::loadu(lse2.data() + i));
-          p.store(x + i);
-          total = total + p;
-        }
-        mass[start[c] + j] = sum(total);
-      }
-    }
-  });
-  std::vector<char> keep(mass.size(), 1);
-  std::vector<int64_t> order(mass.size());
-  std::iota(order.begin(), order.end(), 0);
-  std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return mass[a] < mass[b]; });
-  std::vector<int32_t> columns;
-  for (const auto& chunk : chunks)
-    columns.insert(columns.end(), chunk.columns.begin(), chunk.columns.end());
-  const auto is_target = [&](int32_t v) {
-    const auto t = std::lower_bound(
-        tile.targets.begin(), tile.targets.end(), v, [](Target a, int64_t b) { return a.column < b; });
-    return t != tile.targets.end() && t->column == v;
-  };
-  for (const int64_t j : order) {
-    if (mass[j] > budget)
-      break;
-    if (is_target(columns[j]))
-      continue;
-    keep[j] = 0;
-    budget -= mass[j];
-  }
-  std::vector<int64_t> slot(mass.size() + 1, 0);
-  for (size_t j = 0; j < mass.size(); ++j)
-    slot[j + 1] = slot[j] + keep[j];
-  if (double(slot.back()) > kDense * double(tile.in.vocab))
-    return;
-  compact.columns.resize(slot.back());
-  compact.probs.resize(slot.back() * n);
-  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      auto& dropped = chunks[c].sums.dropped;  // from here on: of this chunk's candidates
-      std::fill(dropped.begin(), dropped.end(), 0.f);
-      for (int64_t j = start[c]; j < start[c + 1]; ++j) {
-        const float* p = chunks[c].x.data() + (j - start[c]) * padded;
-        if (keep[j]) {
-          compact.columns[slot[j]] = columns[j];
-          at::vec::convert(p, compact.probs.data() + slot[j] * n, n);
-        } else {
-          for (int64_t i = 0; i < n; ++i)
-            dropped[i] += p[i];
-          streamer.add_row(columns[j], mass[j], chunks[c]);
-        }
-      }
-    }
-  });
-  std::vector<double> row(tile.in.width);
-  double row_mass = 0;
-  for (const auto& chunk : chunks) {
-    for (int64_t i = 0; i < n; ++i)
-      all.dropped[i] += chunk.sums.dropped[i] * all.s[i];
-    for (int64_t k = 0; k < tile.in.width; ++k)
-      row[k] += chunk.row_sum[k];
-    row_mass += chunk.row_mass;
-  }
-  compact.dropped.resize(n);
-  for (int64_t i = 0; i < n; ++i)
-    compact.dropped[i] = float(all.dropped[i] / all.s[i]);
-  compact.mean_row.resize(tile.in.width);
-  for (int64_t k = 0; k < tile.in.width; ++k)
-    compact.mean_row[k] = float(row_mass > 0 ? row[k] / row_mass : 0);
-}
-
+// One tile: its row results into `out` (of its tokens), and its columns
 template <typename W, bool kSoftcap, bool kStats>
-void run(
-    const StreamInputs& in, double grad_tol, double workspace_mb, const RowResults& out, Compact& compact) {
-  Tile tile(in);
-  const Streamer<W, kSoftcap, kStats> streamer(tile, grad_tol);
-  const int64_t n = in.n, count = (in.vocab + kChunk - 1) / kChunk;
+Compact run(Tile& tile, std::vector<Chunk>& chunks, double workspace_mb, const RowResults& out) {
+  const auto& in = tile.in;
+  const Streamer<W, kSoftcap, kStats> streamer(tile);
+  const int64_t n = in.n, count = int64_t(chunks.size());
   for (int64_t i = 0; i < n; ++i) {
     const double x = streamer.base2.core(double(streamer.target_logit(i))) * streamer.base2.factor;
     tile.bound[i] = std::isfinite(x) ? float(x) : 0.f;
   }
-  TokenSums<double> all(n, -std::numeric_limits<double>::infinity());
+  TokenSums<double> all;
+  all.reset(n, -std::numeric_limits<double>::infinity());
   std::copy_n(tile.bound.begin(), n, all.m.begin());
-  std::vector<Chunk> chunks(count, Chunk(0, 0));
 
   const auto wave = [&](int64_t from, int64_t to, bool collect) {
-    at::parallel_for(from, to, 1, [&](int64_t begin, int64_t end) {
-      Scratch scratch;
-      for (int64_t c = begin; c < end; ++c) {
-        chunks[c] = Chunk(tile.padded, in.width);
+    each_task(from, to, [&] {
+      return [&, scratch = Scratch()](int64_t c) mutable {
+        chunks[c].reset(tile.padded, in.width);
         streamer.chunk(c * kChunk, std::min(in.vocab, (c + 1) * kChunk), collect, scratch, chunks[c]);
-      }
-      at::native::cpublas::brgemm_release(true);
+      };
     });
   };
   const auto raise_bound = [&](const TokenSums<double>& seen) {
@@ -412,7 +244,7 @@ void run(
       tile.bound[i] = float(seen.m[i] + std::max(0., std::log2(seen.s[i])));
   };
 
-  bool collect = grad_tol > 0;
+  bool collect = tile.grad_tol > 0;
   const int64_t probe = std::min(kProbe, count);
   if (collect) {
     wave(0, probe, false);
@@ -442,53 +274,65 @@ void run(
       candidates += int64_t(chunks[c].columns.size());
     }
     raise_bound(all);
-    if (collect && candidates > most_candidates) {
+    if (candidates > most_candidates) {
       collect = false;
       for (auto& chunk : chunks)
         chunk.x = {};
+      candidates = 0;
     }
   }
 
   std::vector<float> lse2(tile.padded, kInfinity);
-  const double to_z = streamer.base2.unit;
+  std::vector<double> dropped(n);
+  bool finite = true;
   for (int64_t i = 0; i < n; ++i) {
     const double log2_s = std::log2(all.s[i]);
     lse2[i] = float(all.m[i] + log2_s);
+    finite &= std::isfinite(lse2[i]);
+    dropped[i] = all.dropped[i] / all.s[i];
     out.logps[i] = float(streamer.base2.to_natural(tile.target_x[i] - all.m[i]) - kLn2 * log2_s);
     out.lse[i] = float(streamer.base2.to_natural(all.m[i]) + kLn2 * log2_s);
     if constexpr (kStats) {
       out.entropy[i] = float(kLn2 * (log2_s - all.ex[i] / all.s[i]));
-      out.mean_logits[i] = float(to_z * all.total[i] / double(in.vocab));
+      out.mean_logits[i] = float(streamer.base2.unit * all.total[i] / double(in.vocab));
       out.log_sum_sq_probs[i] = float(kLn2 * (std::log2(all.ee[i]) - 2 * log2_s));
       out.is_top1[i] = tile.target_raw[i] > all.before[i] && tile.target_raw[i] >= all.after[i];
     }
   }
-  const double budget = grad_tol * double(n) - [&] {
-    double dropped = 0;
-    for (int64_t i = 0; i < n; ++i)
-      dropped += all.dropped[i] / all.s[i];
-    return dropped;
-  }();
-  // A NaN or infinite lse has no order of masses to choose by; a NaN budget fails the comparison
-  const bool finite = std::all_of(lse2.begin(), lse2.begin() + n, [](float x) { return std::isfinite(x); });
-  if (collect && finite && budget >= 0)
-    choose(streamer, chunks, lse2, all, budget, compact);
+  // A NaN or infinite lse has no order of masses to choose by
+  return collect && finite ? choose(tile, chunks, lse2, std::move(dropped)) : Compact{};
 }
 
 template <typename W>
-void dispatch(
-    const StreamInputs& in, double grad_tol, double workspace_mb, const RowResults& out, Compact& compact) {
-  const bool stats = out.entropy != nullptr;
-  const auto function = in.transform.softcap ? (stats ? run<W, true, true> : run<W, true, false>)
-                                             : (stats ? run<W, false, true> : run<W, false, false>);
-  function(in, grad_tol, workspace_mb, out, compact);
+auto runner(bool softcap, bool stats) {
+  return softcap ? (stats ? run<W, true, true> : run<W, true, false>)
+                 : (stats ? run<W, false, true> : run<W, false, false>);
 }
 
 }  // namespace
 
-void stream_forward(
-    const StreamInputs& in, double grad_tol, double workspace_mb, const RowResults& out, Compact& compact) {
-  (in.float_weight ? dispatch<float> : dispatch<BFloat16>)(in, grad_tol, workspace_mb, out, compact);
+std::vector<Compact> stream_forward(
+    const StreamInputs& in, int64_t tile_tokens, double grad_tol, double workspace_mb, const RowResults& out) {
+  const bool softcap = in.transform.softcap.has_value(), stats = out.entropy != nullptr;
+  const auto one = in.float_weight ? runner<float>(softcap, stats) : runner<BFloat16>(softcap, stats);
+  std::vector<Chunk> chunks((in.vocab + kChunk - 1) / kChunk);
+  std::vector<Compact> tiles;
+  int64_t dense = 0;
+  for (int64_t first = 0; first < in.n; first += tile_tokens) {
+    StreamInputs part = in;
+    part.hidden += first * in.width;
+    part.targets += first;
+    part.n = std::min(tile_tokens, in.n - first);
+    // Where most tiles turn out dense, the search for columns is not worth its time
+    const bool search = 2 * dense <= int64_t(tiles.size()) + 1;
+    Tile tile(part, search ? grad_tol : 0);
+    const auto at = [&](auto* values) { return values ? values + first : nullptr; };
+    tiles.push_back(one(
+        tile, chunks, workspace_mb,
+        {at(out.logps), at(out.lse), at(out.entropy), at(out.mean_logits), at(out.log_sum_sq_probs), at(out.is_top1)}));
+    dense += !tiles.back().columns.defined();
+  }
+  return tiles;
 }
 
 }  // namespace fastdpo

@@ -1,6 +1,7 @@
-// The head streamed: logits of one tile of tokens in blocks that stay in cache, in float32, never as [n, V].
+// The head streamed: logits in blocks that stay in cache, in float32, never as [n, V].
 #pragma once
 
+#include <ATen/core/Tensor.h>
 #include <c10/util/BFloat16.h>
 
 #include <cstdint>
@@ -21,20 +22,38 @@ struct StreamInputs {
   Transform transform;
 };
 
-// The columns that a tile keeps. None: the softmax was not sparse enough, and the tile is to be handled as dense.
+// The columns that a tile keeps (fastdpo/compaction.py). Not defined: the softmax was not sparse enough, the tile is
+// to be handled as dense.
 struct Compact {
-  std::vector<int32_t> columns;  // [k] ascending, every target among them
-  std::vector<c10::BFloat16> probs;  // [k, n]
-  std::vector<float> dropped;  // [n] probability outside of the columns
-  std::vector<float> mean_row;  // [H] mean of the dropped rows of weight, by their mass
+  at::Tensor columns;  // int32 [k] ascending, every target among them
+  at::Tensor probs;  // bf16 [k, n]
+  at::Tensor dropped;  // float32 [n] probability outside of the columns
+  at::Tensor mean_row;  // float32 [H] mean of the dropped rows of weight, by their mass
 };
 
-// Dropped: at most grad_tol * n in sum. grad_tol = 0: nothing is kept, `compact` stays as it is. workspace_mb bounds
-// what the search for columns may hold; a tile that needs more is dense.
-void stream_forward(
-    const StreamInputs&, double grad_tol, double workspace_mb, const RowResults&, Compact& compact);
+// Row results of all tokens; and one Compact for each tile of tile_tokens. Dropped: at most grad_tol * n in sum.
+// grad_tol = 0: nothing is kept. workspace_mb bounds what the search for columns may hold; a tile that needs more is
+// dense.
+std::vector<Compact> stream_forward(
+    const StreamInputs&, int64_t tile_tokens, double grad_tol, double workspace_mb, const RowResults& out);
 
 // d(sum grad_logps*logps + grad_entropy*entropy) / d(raw logits of columns first .. last-1), transposed: out [last-first, n]
 void stream_gradient(const StreamInputs&, const RowGrads&, int64_t first, int64_t last, c10::BFloat16* out);
+
+struct CompactTile {
+  int64_t first, n;  // its tokens
+  const Compact& kept;
+};
+
+// The compact backward of tiles: dX [n, H] float32 of their tokens, dW [V, H] and db [V] whole. Null: not needed.
+// add: dW and db hold the dense tiles' part already; otherwise they are written everywhere.
+struct StreamGradients {
+  float* dx;
+  void* dw;  // in weight's dtype
+  float* db;
+  bool add;
+};
+void stream_backward(
+    const StreamInputs&, const RowGrads&, const std::vector<CompactTile>&, const StreamGradients& out);
 
 }  // namespace fastdpo

@@ -1,0 +1,162 @@
+"""Cost as the work grows: seconds and memory over tokens N and vocabulary V, for each contender, real and dense.
+
+    python -m benchmarks.growth --model FOLDER --data PAIRS.jsonl --output DIR [--limit 60] [--contenders NAME ...]
+
+Hidden states of real pairs, bf16, gradients of hidden and weight; a smaller V is the first rows of the model's head.
+Dense: random hidden and weight, whose softmax is not sparse. Each point in a process of its own, which may run --limit
+seconds and use the machine's memory; what does not finish there is not tried with more tokens, nor drawn.
+DIR/growth.json, DIR/growth.png; points already in the JSON are not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import psutil
+import torch
+from matplotlib.figure import Figure
+
+from fastdpo.plots import STYLE
+
+from .from_hidden import dense_batch, real_batch
+from .measure import machine, peak_mib
+from .providers import PROVIDERS, Batch, first_tokens, run
+
+TOKENS = (512, 2048, 8192, 32768)
+VOCABULARIES = (32768, 65536, 131072, 262144)
+DENSE = ("fastdpo", "fastdpo exact", "CCE")
+COLOURS = {  # Okabe and Ito
+    "eager": "#6E6E6E",
+    "TRL 1.16": "#E69F00",
+    "Liger": "#CC79A7",
+    "CCE": "#009E73",
+    "fastdpo": "#0072B2",
+    "fastdpo exact": "#56B4E9",
+}
+
+
+def point(name: str, kind: str, tokens: int, vocab: int, inputs: Path) -> dict[str, Any]:
+    """In this process: seconds of one run (the better of two where it is short) and its peak MiB."""
+    resource.setrlimit(resource.RLIMIT_DATA, (int(psutil.virtual_memory().available * 0.9),) * 2)
+    whole = Batch(*torch.load(inputs, mmap=True))
+    batch = first_tokens(whole._replace(weight=whole.weight[:vocab].clone(), labels=whole.labels % vocab), tokens // 2)
+    if kind == "dense":
+        batch = dense_batch(batch)
+    for few in (8, 12):
+        run(name, first_tokens(batch, few))
+    peak, seconds = peak_mib(lambda: run(name, batch)[1:])
+    if seconds < 5:
+        start = time.perf_counter()
+        run(name, batch)
+        seconds = min(seconds, time.perf_counter() - start)
+    return {"seconds": seconds, "mib": peak}
+
+
+def measure(options: argparse.Namespace, inputs: Path, path: Path) -> list[dict[str, Any]]:
+    from tqdm import tqdm
+
+    found: list[dict[str, Any]] = json.loads(path.read_text())["points"] if path.exists() else []
+    cases = [(name, "real") for name in options.contenders] + [(n, "dense") for n in DENSE if n in options.contenders]
+    grid = [(case, vocab, tokens) for case in cases for vocab in VOCABULARIES for tokens in TOKENS]
+    for (name, kind), vocab, tokens in tqdm(grid, unit="point"):
+        key = {"contender": name, "kind": kind, "vocab": vocab, "tokens": tokens}
+        if any(key.items() <= old.items() for old in found):
+            continue
+        stopped = [
+            old
+            for old in found
+            if (old["contender"], old["kind"]) == (name, kind)
+            and "failed" in old
+            and old["vocab"] <= vocab
+            and old["tokens"] <= tokens
+        ]
+        result = {"failed": stopped[0]["failed"]} if stopped else _in_process(key, options.limit, inputs)
+        found.append(key | result)
+        path.write_text(json.dumps({"machine": machine(), "limit": options.limit, "points": found}, indent=1) + "\n")
+    return found
+
+
+def _in_process(key: dict[str, Any], limit: float, inputs: Path) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.growth", "--point", *map(str, key.values()), str(inputs)]
+    try:
+        # Loading and compiling come on top of the runs
+        done = subprocess.run(command, capture_output=True, text=True, timeout=2 * limit + 60)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"more than {limit:.0f} s"}
+    if done.returncode:
+        known = "memory" in done.stderr.lower() or done.returncode < 0
+        return {"failed": "memory" if known else done.stderr.strip().splitlines()[-1]}
+    result = json.loads(done.stdout.splitlines()[-1])
+    return result if result["seconds"] <= limit else {"failed": f"more than {limit:.0f} s"}
+
+
+def table(points: list[dict[str, Any]]) -> str:
+    """Markdown: a row for each contender, kind and V; seconds and MiB for each N."""
+    lines = ["| contender | V | " + " | ".join(f"N = {n:,}" for n in TOKENS) + " |", "|---|---|" + "---|" * len(TOKENS)]
+    rows: dict[tuple[str, str, int], dict[int, str]] = {}
+    for p in points:
+        cell = p["failed"] if "failed" in p else f"{p['seconds']:.2f} s, {p['mib']:,.0f} MiB"
+        rows.setdefault((p["contender"], p["kind"], p["vocab"]), {})[p["tokens"]] = cell
+    for (name, kind, vocab), cells in rows.items():
+        title = name if kind == "real" else f"{name}, dense"
+        lines.append(f"| {title} | {vocab:,} | " + " | ".join(cells[n] for n in TOKENS) + " |")
+    return "\n".join(lines)
+
+
+def picture(points: list[dict[str, Any]], path: Path) -> None:
+    panels = (("tokens", "vocab", VOCABULARIES[-1], "N tokens, V = 262,144"), ("vocab", "tokens", 2048, "V, N = 2,048"))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(11, 8), layout="constrained")
+        for row, (x, fixed, value, label) in zip(figure.subplots(2, 2), panels, strict=True):
+            for axes, (y, title) in zip(row, (("seconds", "Seconds"), ("mib", "Peak MiB")), strict=True):
+                for name, colour in COLOURS.items():
+                    for kind, style in (("real", "o-"), ("dense", "s:")):
+                        mine = [p for p in points if (p["contender"], p["kind"], p[fixed]) == (name, kind, value)]
+                        mine = [p for p in mine if "failed" not in p]
+                        if mine:
+                            title_of = name if kind == "real" else f"{name}, dense"
+                            axes.loglog([p[x] for p in mine], [p[y] for p in mine], style, color=colour, label=title_of)
+                ticks = TOKENS if x == "tokens" else VOCABULARIES
+                axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], minor=False)
+                axes.set_xticks([], minor=True)
+                axes.set(title=title, xlabel=label)
+        figure.axes[0].legend(fontsize=8)
+        figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--limit", type=float, default=60)
+    parser.add_argument("--contenders", nargs="*", default=list(PROVIDERS), choices=list(PROVIDERS))
+    parser.add_argument("--point", nargs=5, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.point:
+        name, kind, vocab, tokens, inputs = options.point
+        print(json.dumps(point(name, kind, int(tokens), int(vocab), Path(inputs))))
+        return
+    if options.model is None or options.data is None or options.output is None:
+        parser.error("--model, --data and --output are needed")
+    options.output.mkdir(parents=True, exist_ok=True)
+    inputs = options.output / "inputs.pt"
+    if not inputs.exists():
+        torch.save(tuple(real_batch(options.model, options.data, 0, 1024, TOKENS[-1])), inputs)
+    points = measure(options, inputs, options.output / "growth.json")
+    print(machine())
+    print(table(points))
+    picture(points, options.output / "growth.png")
+    print(options.output / "growth.png")
+
+
+if __name__ == "__main__":
+    main()
