@@ -87,13 +87,15 @@ def _mass(kind: Any = IDENTITY, peel: bool = False) -> Case:
 
 
 def _probs(kind: Any = IDENTITY, wide: bool = True) -> Case:
-    shape = functools.partial(launch.tile_shape, launch.GATHER_TILE)
-    return Case(column_probs_kernel, {"KIND": kind, "WIDE": wide}, shape)
+    return Case(column_probs_kernel, {"KIND": kind, "WIDE": wide}, _tile(launch.GATHER_TILE))
 
 
 def _gradient(kind: Any = IDENTITY, wide: bool = True) -> Case:
-    shape = functools.partial(launch.tile_shape, launch.GRADIENT_TILE)
-    return Case(compact_gradient_kernel, {"KIND": kind, "WIDE": wide}, shape)
+    return Case(compact_gradient_kernel, {"KIND": kind, "WIDE": wide}, _tile(launch.GRADIENT_TILE))
+
+
+def _tile(tile: tuple[int, int]) -> Callable[[int, int], dict[str, int]]:
+    return lambda item_size, _: launch.tile_shape(tile, item_size)
 
 
 CASES = {

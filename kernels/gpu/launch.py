@@ -155,7 +155,7 @@ def mass_plan(logits: Tensor) -> MassPlan:
     return MassPlan(max(1, -(-splits // period)) * period, windows, shape, peel)
 
 
-def tile_shape(tile: tuple[int, int], item_size: int, _warp_size: int = 0) -> dict[str, int]:
+def tile_shape(tile: tuple[int, int], item_size: int) -> dict[str, int]:
     return {"VEC": 16 // item_size, "COLS": tile[0], "TOKENS": tile[1]}
 
 
