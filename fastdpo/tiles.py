@@ -14,7 +14,6 @@ Backward, one of three:
 
 from __future__ import annotations
 
-import itertools
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -25,6 +24,7 @@ from . import compaction
 from .compaction import Compact
 from .inputs import result_dtype
 from .options import Transform
+from .saved import Frozen, Saved, Tiles
 
 # Tokens a compact tile: more tokens share a column, fewer leave more columns empty. 256 keeps 3 to 7% of Gemma 3's
 # vocabulary on real text where 512 keeps 9 to 14%, and still fills the library's products
@@ -94,42 +94,6 @@ class RowGrads(NamedTuple):
         return RowGrads(*parts)
 
 
-class Frozen(NamedTuple):
-    """What a tile keeps where the head needs no gradient: dX but for the factor d loss / d logp."""
-
-    dropped: Tensor  # [n], as Compact's
-    hidden_grad: Tensor  # [n, H] float32, d logp / d hidden
-
-
-class Saved(NamedTuple):
-    """What a forward keeps for its backward beside its inputs and results. Rows: those that count."""
-
-    logits: Tensor | None  # [n, V], overwritten by the backward
-    tiles: list[tuple[int, int, Compact | Frozen | None]]  # first row, last row + 1; None: dense
-
-
-_KINDS: dict[int, Any] = {0: lambda: None, len(Frozen._fields): Frozen, len(Compact._fields): Compact}
-
-
-def flatten(saved: Saved | None) -> tuple[Any, list[Tensor]]:
-    """(layout, tensors) for save_for_backward, which frees them in time and knows gradient checkpointing."""
-    if saved is None:
-        return None, []
-    tensors = [] if saved.logits is None else [saved.logits]
-    tiles = [(first, last, len(kept or ())) for first, last, kept in saved.tiles]
-    return (saved.logits is not None, tiles), [*tensors, *(x for *_, kept in saved.tiles for x in kept or ())]
-
-
-def unflatten(layout: Any, tensors: list[Tensor]) -> Saved | None:
-    if layout is None:
-        return None
-    has_logits, tiles = layout
-    rest = iter(tensors)
-    # .data: the backward's overwriting is its own affair, not autograd's
-    logits = next(rest).data if has_logits else None
-    return Saved(logits, [(a, b, _KINDS[count](*itertools.islice(rest, count))) for a, b, count in tiles])
-
-
 def forward(
     head: Head,
     hidden: Tensor,  # [N, H]
@@ -159,8 +123,7 @@ def forward(
     return results, Saved(logits, tiles) if any(needs) else None
 
 
-_Tiles = list[tuple[int, int, Compact | Frozen | None]]
-_Forward = tuple[list[Tensor], _Tiles, Tensor | None]  # results, tiles, logits kept
+_Forward = tuple[list[Tensor], Tiles, Tensor | None]  # results, tiles, logits kept
 
 
 def _streamed(head: Head, x: Tensor, y: Tensor, stats: tuple[str, ...], keep: bool) -> _Forward:
@@ -181,7 +144,7 @@ def _from_tiles(head: Head, x: Tensor, y: Tensor, stats: tuple[str, ...], keep: 
         step = min(step, _compact_step(count))
     buffer = x.new_empty((min(step, len(x)), vocab))
     parts: list[list[Tensor]] = []
-    tiles: _Tiles = []
+    tiles: Tiles = []
     dense = 0
     for start in range(0, count, step):
         tile_x, tile_y = x[start : start + step], y[start : start + step]
@@ -206,7 +169,7 @@ def _compact_step(count: int) -> int:
     return max(16, -(-count // (16 * tiles)) * 16)
 
 
-def _freeze(head: Head, rows: RowGrads, x: Tensor, tiles: _Tiles) -> _Tiles:
+def _freeze(head: Head, rows: RowGrads, x: Tensor, tiles: Tiles) -> Tiles:
     """The compact tiles' gradients of logp in place of their columns."""
     unit = rows._replace(grad_logps=torch.ones_like(rows.logps))
     dx = _zeros(x, x.shape)
@@ -214,17 +177,6 @@ def _freeze(head: Head, rows: RowGrads, x: Tensor, tiles: _Tiles) -> _Tiles:
     return [
         (first, last, None if kept is None else Frozen(kept.dropped, dx[first:last])) for first, last, kept in tiles
     ]
-
-
-def dropped_mass(saved: Saved | None, targets: Tensor) -> Tensor:
-    """`[N]` float32: probability that a token's gradient leaves out; 0 where it is exact."""
-    result = torch.zeros(targets.shape, dtype=torch.float32, device=targets.device)
-    if saved is not None:
-        rows = (targets >= 0).nonzero().squeeze(1)
-        for first, last, kept in saved.tiles:
-            if kept is not None:
-                result[rows[first:last]] = kept.dropped
-    return result
 
 
 def backward(
@@ -269,7 +221,7 @@ def _compact(
     head: Head,
     x: Tensor,
     grads: RowGrads,
-    tiles: _Tiles,
+    tiles: Tiles,
     dx: Tensor | None,
     dw: Tensor | None,
     db: Tensor | None,
