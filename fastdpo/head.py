@@ -20,6 +20,7 @@ from .backend import choose
 from .batch import IGNORE_INDEX, flat_targets
 from .inputs import as_rows, check_linear, product_dtype, rows_apart
 from .options import HeadOptions, head_options
+from .saved import dropped_mass, flatten, unflatten
 
 _DEFAULT = HeadOptions()
 _DIFFERENTIABLE = ("logps", "entropy")
@@ -115,7 +116,7 @@ def linear_token_logps(
         grad_tol: probability per token, on average over a tile, that the gradient may leave out: the backward runs on
             the vocabulary columns that hold the rest (fastdpo/compaction.py, which states the bound), a few percent
             of them on real text. 0: exact. "auto": 2^-10 for bf16 and fp16 products, 0 for float32. The gradient of
-            `entropy` is always exact, and so is torch.compile's.
+            `entropy` is always exact.
         workspace_mb: MiB that the logits tile may take. In exact mode, logits that fit whole are kept for the
             backward, which spares computing them twice.
         ignore_index, shift, temperature, softcap, logit_scale, stats, backend: as for `token_logps`.
@@ -134,7 +135,8 @@ def linear_token_logps(
         workspace_mb=workspace_mb,
         backend=backend,
     )
-    return _named(LinearTokenLogpsFunction.apply(hidden, weight, labels, bias, options), options)
+    apply = _traced_linear if torch.compiler.is_compiling() else LinearTokenLogpsFunction.apply
+    return _named(apply(hidden, weight, labels, bias, options), options)
 
 
 def first_order(backward: Any) -> Any:
@@ -183,7 +185,8 @@ class TokenLogpsFunction(Function):
 class LinearTokenLogpsFunction(Function):
     """`LinearTokenLogpsFunction.apply(hidden, weight, labels) -> logps`, with the defaults of `linear_token_logps`.
 
-    Further arguments: bias, and `HeadOptions`; options that ask for stats make it return (logps, *stats).
+    Further arguments: bias, and `HeadOptions`; options that ask for stats make it return (logps, *stats). Applied in a
+    function that torch.compile traces, its gradient is exact, of recomputed logits.
     """
 
     @staticmethod
@@ -202,20 +205,17 @@ class LinearTokenLogpsFunction(Function):
         kernel_stats = _kernel_stats(options)
         saved = None
         if torch.compiler.is_compiling():
-            results = torch.ops.fastdpo.linear_forward(
-                *(flat, weight, bias, targets, *options.transform, kernel_stats),
-                *(dtype, options.workspace_mb, options.backend),
-            )
+            results = _linear_op(flat, weight, bias, targets, kernel_stats, dtype, 0.0, [False] * 3, options)
+            results = results[: 2 + len(kernel_stats)]
         else:
             head = _head(options, weight, bias, dtype, hidden.device)
             with torch.autocast(hidden.device.type, enabled=False):
-                results, saved = tiles.forward(
-                    head, flat, targets, tuple(kernel_stats), tuple(_linear_needs(ctx.needs_input_grad, bias))
-                )
+                needs = _linear_needs(ctx.needs_input_grad, bias)
+                results, saved = tiles.forward(head, flat, targets, tuple(kernel_stats), needs)
         by_name = dict(zip(("logps", "lse", *kernel_stats), results, strict=True))
         if saved is not None and "dropped_mass" in options.stats:
-            by_name["dropped_mass"] = tiles.dropped_mass(saved, targets)
-        ctx.saved_layout, kept = tiles.flatten(saved)
+            by_name["dropped_mass"] = dropped_mass(saved, targets)
+        ctx.saved_layout, kept = flatten(saved)
         ctx.save_for_backward(
             *(flat, weight, bias, targets, by_name["logps"], by_name["lse"], by_name.get("entropy"), *kept)
         )
@@ -233,18 +233,50 @@ class LinearTokenLogpsFunction(Function):
         options, needs = ctx.options, _linear_needs(ctx.needs_input_grad, bias)
         if torch.compiler.is_compiling():
             dx, dw, db = torch.ops.fastdpo.linear_backward(
-                *(hidden, weight, bias, *row_grads, *options.transform),
-                *(ctx.dtype, options.workspace_mb, needs, options.backend),
+                *(hidden, weight, bias, *row_grads, [], *options.transform),
+                *(ctx.dtype, 0.0, options.workspace_mb, list(needs), options.backend),
             )
         else:
-            saved = tiles.unflatten(ctx.saved_layout, kept)
+            saved = unflatten(ctx.saved_layout, kept)
             if saved is not None and saved.logits is not None:
                 ctx.saved_layout = None  # overwritten below: a second backward (retain_graph) computes them again
             head = _head(options, weight, bias, ctx.dtype, hidden.device)
             with torch.autocast(hidden.device.type, enabled=False):
-                dx, dw, db = tiles.backward(head, hidden, row_grads, saved, tuple(needs))
+                dx, dw, db = tiles.backward(head, hidden, row_grads, saved, needs)
         dx = dx.view(ctx.shape) if needs[0] else None
         return dx, dw if needs[1] else None, None, db if needs[2] else None, None
+
+
+def _traced_linear(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, options: HeadOptions) -> Any:
+    """LinearTokenLogpsFunction for torch.compile, which cannot know what that saves: one op with its own backward."""
+    check_linear(hidden, weight, labels, bias)
+    targets = flat_targets(labels, weight.shape[0], options.ignore_index, options.shift)
+    dtype, stats = product_dtype(hidden), _kernel_stats(options)
+    needs = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in (hidden, weight, bias)]
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    results = _linear_op(flat, weight, bias, targets, stats, dtype, _grad_tol(options, dtype), needs, options)
+    by_name = dict(zip(("logps", "lse", *stats, "dropped_mass"), results, strict=False))
+    outputs = [by_name["logps"]]
+    outputs += [by_name[name] if name in _DIFFERENTIABLE else by_name[name].detach() for name in options.stats]
+    shaped = tuple(out.view(labels.shape) for out in outputs)
+    return shaped if options.stats else shaped[0]
+
+
+def _linear_op(
+    flat: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    stats: list[str],
+    dtype: torch.dtype,
+    grad_tol: float,
+    needs: list[bool],
+    options: HeadOptions,
+) -> list[Tensor]:
+    return torch.ops.fastdpo.linear_logps(
+        *(flat, weight, bias, targets, *options.transform, ",".join(stats)),
+        *(dtype, grad_tol, options.workspace_mb, *needs, options.backend),
+    )
 
 
 # --- shared by the two Functions -------------------------------------------------------------------------------------
@@ -253,16 +285,20 @@ class LinearTokenLogpsFunction(Function):
 def _head(
     options: HeadOptions, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device
 ) -> tiles.Head:
-    grad_tol = options.grad_tol
-    if grad_tol is None:  # "auto": below the rounding of the dtype
-        grad_tol = 2.0**-10 if dtype in (torch.bfloat16, torch.float16) else 0.0
     kernels = choose(options.backend, device, dtype)
-    return tiles.Head(weight, bias, options.transform, dtype, grad_tol, options.workspace_mb, kernels)
+    return tiles.Head(weight, bias, options.transform, dtype, _grad_tol(options, dtype), options.workspace_mb, kernels)
 
 
-def _linear_needs(needs_input_grad: tuple[bool, ...], bias: Tensor | None) -> list[bool]:
+def _grad_tol(options: HeadOptions, dtype: torch.dtype) -> float:
+    if options.grad_tol is not None:
+        return options.grad_tol
+    # "auto": below the rounding of the dtype
+    return 2.0**-10 if dtype in (torch.bfloat16, torch.float16) else 0.0
+
+
+def _linear_needs(needs_input_grad: tuple[bool, ...], bias: Tensor | None) -> tuple[bool, ...]:
     """Which of hidden, weight, bias need a gradient; apply() may have been called without the bias."""
-    return [needs_input_grad[0], needs_input_grad[1], bias is not None and needs_input_grad[3]]
+    return needs_input_grad[0], needs_input_grad[1], bias is not None and needs_input_grad[3]
 
 
 def _logits_gradient(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import tiles
+from . import saved, tiles
 from .backend import choose
 from .inputs import result_dtype
 from .options import Transform
@@ -87,45 +87,105 @@ def _(logits, targets, logps, lse, entropy, grad_logps, grad_entropy, logit_scal
 # --- from hidden states ----------------------------------------------------------------------------------------------
 
 
-# For torch.compile alone: exact, and the backward computes the logits again. Eagerly, head.py calls tiles.py directly,
-# which may keep logits or compact probabilities, of sizes that a traced graph could not know.
+# For torch.compile alone; eagerly, head.py calls tiles.py directly. A traced graph knows fixed numbers of tensors, so
+# what the forward keeps travels packed, in four tensors whose sizes are known when they are there.
+
+
+def _head(kernels_for, weight, bias, transform, dtype, grad_tol, workspace_mb, backend):  # type: ignore[no-untyped-def]
+    kernels = choose(backend, kernels_for.device, dtype)
+    return tiles.Head(weight, bias, Transform(*transform), dtype, grad_tol, workspace_mb, kernels)
+
+
+_NEEDS = "bool need_hidden, bool need_weight, bool need_bias"
 
 
 @torch.library.custom_op(
-    "fastdpo::linear_forward",
+    "fastdpo::linear_logps",
     mutates_args=(),
     schema=(
-        f"(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, {_TRANSFORM}, str[] stats, "
-        "ScalarType dtype, float workspace_mb, str backend) -> Tensor[]"
+        f"(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, {_TRANSFORM}, str stats, "
+        f"ScalarType dtype, float grad_tol, float workspace_mb, {_NEEDS}, str backend) -> Tensor[]"
     ),
 )
-def linear_forward(hidden, weight, bias, targets, *rest):  # type: ignore[no-untyped-def]
-    *transform, stats, dtype, workspace_mb, backend = rest
-    kernels = choose(backend, hidden.device, dtype)
-    head = tiles.Head(weight, bias, Transform(*transform), dtype, 0.0, workspace_mb, kernels)
-    return tiles.forward(head, hidden, targets, tuple(stats), (False,) * 3)[0]
+def linear_logps(hidden, weight, bias, targets, *rest):  # type: ignore[no-untyped-def]
+    """logps, lse, stats, dropped_mass; then the packed kept: layout, columns, probs, floats (tiles.pack).
+
+    stats: names with commas between them, because an op with a backward of its own takes no lists.
+    """
+    *transform, stats, dtype, grad_tol, workspace_mb, need_hidden, need_weight, need_bias, backend = rest
+    head = _head(hidden, weight, bias, transform, dtype, grad_tol, workspace_mb, backend)
+    # Exact: the backward computes the logits again
+    needs = (need_hidden, need_weight, need_bias) if grad_tol > 0 else (False,) * 3
+    results, kept = tiles.forward(head, hidden, targets, _names(stats), needs)
+    dropped = saved.dropped_mass(kept, targets).to(results[0].dtype)
+    return [*results, dropped, *saved.pack(kept, dtype, hidden.device)]
 
 
-@linear_forward.register_fake
+@linear_logps.register_fake
 def _(hidden, weight, bias, targets, *rest):  # type: ignore[no-untyped-def]
-    *_, stats, dtype, _, _ = rest
-    return _empty_results(hidden, targets.shape[0], dtype, stats)
+    *_, stats, dtype, grad_tol, _, need_hidden, need_weight, need_bias, _ = rest
+    results = _empty_results(hidden, targets.shape[0], dtype, [*_names(stats), "dropped_mass"])
+    keeps = grad_tol > 0 and (need_hidden or need_weight or need_bias)
+    context = torch.library.get_ctx()
+    count, columns, probs, floats = (context.new_dynamic_size() if keeps else 0 for _ in range(4))
+    return [
+        *results,
+        hidden.new_empty((count, 4), dtype=torch.int64),
+        hidden.new_empty(columns, dtype=torch.int32),
+        hidden.new_empty(probs, dtype=dtype),
+        hidden.new_empty(floats, dtype=result_dtype(dtype)),
+    ]
+
+
+def _names(stats: str) -> tuple[str, ...]:
+    return tuple(stats.split(",")) if stats else ()
+
+
+def _keep(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    hidden, weight, bias, targets, *ctx.rest = inputs
+    ctx.stats = _names(ctx.rest[3])
+    logps, lse, *stats = output[: 2 + len(ctx.stats)]
+    entropy = dict(zip(ctx.stats, stats, strict=True)).get("entropy")
+    ctx.save_for_backward(hidden, weight, bias, targets, logps, lse, entropy, *output[-4:])
+    ctx.set_materialize_grads(False)
+
+
+def _linear_backward(ctx, grads):  # type: ignore[no-untyped-def]
+    *transform, _, dtype, grad_tol, workspace_mb, need_hidden, need_weight, need_bias, backend = ctx.rest
+    needs = [need_hidden, need_weight, need_bias]
+    grad_entropy = dict(zip(ctx.stats, grads[2:], strict=False)).get("entropy")
+    others = (None,) * (1 + len(ctx.rest))
+    if grads[0] is None and grad_entropy is None:
+        return None, None, None, *others
+    hidden, weight, bias, targets, logps, lse, entropy, *kept = ctx.saved_tensors
+    gradients = torch.ops.fastdpo.linear_backward(
+        *(hidden, weight, bias, targets, logps, lse, entropy, grads[0], grad_entropy, kept, *transform),
+        *(dtype, grad_tol, workspace_mb, needs, backend),
+    )
+    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *others
+
+
+torch.library.register_autograd("fastdpo::linear_logps", _linear_backward, setup_context=_keep)
 
 
 @torch.library.custom_op(
     "fastdpo::linear_backward",
     mutates_args=(),
     schema=(
-        f"(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, {_ROW_GRADS}, {_TRANSFORM}, "
-        "ScalarType dtype, float workspace_mb, bool[] needs, str backend) -> Tensor[]"
+        f"(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, {_ROW_GRADS}, Tensor[] kept, {_TRANSFORM}, "
+        "ScalarType dtype, float grad_tol, float workspace_mb, bool[] needs, str backend) -> Tensor[]"
     ),
 )
 def linear_backward(hidden, weight, bias, targets, *rest):  # type: ignore[no-untyped-def]
-    logps, lse, entropy, grad_logps, grad_entropy, *transform, dtype, workspace_mb, needs, backend = rest
-    kernels = choose(backend, hidden.device, dtype)
-    head = tiles.Head(weight, bias, Transform(*transform), dtype, 0.0, workspace_mb, kernels)
-    rows = tiles.RowGrads(targets, logps, lse, entropy, grad_logps, grad_entropy)
-    return tiles.backward(head, hidden, rows, None, tuple(needs))
+    logps, lse, entropy, grad_logps, grad_entropy, kept, *transform, dtype, grad_tol, workspace_mb, needs, backend = (
+        rest
+    )
+    head = _head(hidden, weight, bias, transform, dtype, grad_tol, workspace_mb, backend)
+    rows = tiles.RowGrads(
+        *(targets, logps, lse, entropy),
+        *(None if g is None else g.contiguous() for g in (grad_logps, grad_entropy)),
+    )
+    return tiles.backward(head, hidden, rows, saved.unpack(kept, weight.shape[1]) if kept else None, tuple(needs))
 
 
 @linear_backward.register_fake

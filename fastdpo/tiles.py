@@ -14,7 +14,6 @@ Backward, one of three:
 
 from __future__ import annotations
 
-import itertools
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -26,6 +25,7 @@ from .compaction import Compact
 from .inputs import result_dtype
 from .options import Transform
 from .products import add_product, write_product
+from .saved import Frozen, Saved, Tiles, counted
 
 # Tokens a compact tile: more tokens share a column, fewer leave more columns empty. 256 keeps 3 to 7% of Gemma 3's
 # vocabulary on real text where 512 keeps 9 to 14%, and still fills the library's products
@@ -100,44 +100,6 @@ class RowGrads(NamedTuple):
         return RowGrads(*parts)
 
 
-class Frozen(NamedTuple):
-    """What a tile keeps where the head needs no gradient: dX but for the factor d loss / d logp."""
-
-    dropped: Tensor  # [n], as Compact's
-    hidden_grad: Tensor  # [n, H] float32, d logp / d hidden
-
-
-class Saved(NamedTuple):
-    """What a forward keeps for its backward beside its inputs and results. [n]: the rows that count."""
-
-    rows: Tensor | None  # int64 [n]: those that count; None: all
-    logits: Tensor | None  # [n, V], overwritten by the backward
-    tiles: list[tuple[int, int, Compact | Frozen | None]]  # first row, last row + 1; None: dense
-
-
-_KINDS: dict[int, Any] = {0: lambda: None, len(Frozen._fields): Frozen, len(Compact._fields): Compact}
-
-
-def flatten(saved: Saved | None) -> tuple[Any, list[Tensor]]:
-    """(layout, tensors) for save_for_backward, which frees them in time and knows gradient checkpointing."""
-    if saved is None:
-        return None, []
-    there = [x is not None for x in saved[:2]]
-    tiles = [(first, last, len(kept or ())) for first, last, kept in saved.tiles]
-    tensors = [*saved[:2], *(x for *_, kept in saved.tiles for x in kept or ())]
-    return (there, tiles), [x for x in tensors if x is not None]
-
-
-def unflatten(layout: Any, tensors: list[Tensor]) -> Saved | None:
-    if layout is None:
-        return None
-    there, tiles = layout
-    rest = iter(tensors)
-    # .data: the backward's overwriting is its own affair, not autograd's
-    rows, logits = (next(rest).data if x else None for x in there)
-    return Saved(rows, logits, [(a, b, _KINDS[count](*itertools.islice(rest, count))) for a, b, count in tiles])
-
-
 def forward(
     head: Head,
     hidden: Tensor,  # [N, H]
@@ -146,7 +108,7 @@ def forward(
     needs: tuple[bool, ...],  # gradients of hidden, weight, bias
 ) -> tuple[list[Tensor], Saved | None]:
     """logps, lse and stats (as row_forward), each `[N]`; and what spares the backward work, where there will be one."""
-    rows = _counted(targets)
+    rows = counted(targets)
     x, y = _select(hidden, rows, head.dtype), targets if rows is None else targets[rows]
     if not any(needs):
         head = head._replace(grad_tol=0.0)
@@ -164,11 +126,10 @@ def forward(
     results = [torch.cat(column) for column in zip(*parts, strict=True)]
     if rows is not None:
         results = [r.new_zeros(targets.shape).index_copy(0, rows, r) for r in results]
-    return results, Saved(rows, logits, tiles) if any(needs) else None
+    return results, Saved(logits, tiles) if any(needs) else None
 
 
-_Tiles = list[tuple[int, int, Compact | Frozen | None]]
-_Forward = tuple[list[Tensor], _Tiles, Tensor | None]  # results, tiles, logits kept
+_Forward = tuple[list[Tensor], Tiles, Tensor | None]  # results, tiles, logits kept
 
 
 def _streamed(head: Head, x: Tensor, y: Tensor, stats: tuple[str, ...], keep: bool) -> _Forward:
@@ -203,7 +164,7 @@ def _from_tiles(head: Head, x: Tensor, y: Tensor, stats: tuple[str, ...], keep: 
         results = head.kernels.row_forward(logits[None], tile_y, head.transform, stats)
         search.add(logits, tile_y, results[1])
         parts.append(results)
-    tiles: _Tiles = [(a, min(a + step, len(x)), kept) for a, kept in zip(starts, search.finish(), strict=True)]
+    tiles: Tiles = [(a, min(a + step, len(x)), kept) for a, kept in zip(starts, search.finish(), strict=True)]
     return [torch.cat(column) for column in zip(*parts, strict=True)], tiles, buffers[0] if whole else None
 
 
@@ -213,7 +174,7 @@ def _compact_step(count: int) -> int:
     return max(16, -(-count // (16 * tiles)) * 16)
 
 
-def _freeze(head: Head, rows: RowGrads, x: Tensor, tiles: _Tiles) -> _Tiles:
+def _freeze(head: Head, rows: RowGrads, x: Tensor, tiles: Tiles) -> Tiles:
     """The compact tiles' gradients of logp in place of their columns."""
     unit = rows._replace(grad_logps=torch.ones_like(rows.logps))
     dx = _zeros(x, x.shape)
@@ -221,16 +182,6 @@ def _freeze(head: Head, rows: RowGrads, x: Tensor, tiles: _Tiles) -> _Tiles:
     return [
         (first, last, None if kept is None else Frozen(kept.dropped, dx[first:last])) for first, last, kept in tiles
     ]
-
-
-def dropped_mass(saved: Saved | None, targets: Tensor) -> Tensor:
-    """`[N]` float32: probability that a token's gradient leaves out; 0 where it is exact."""
-    result = torch.zeros(targets.shape, dtype=torch.float32, device=targets.device)
-    if saved is not None:
-        for first, last, kept in saved.tiles:
-            if kept is not None:
-                result[slice(first, last) if saved.rows is None else saved.rows[first:last]] = kept.dropped
-    return result
 
 
 def backward(
@@ -241,7 +192,7 @@ def backward(
     needs: tuple[bool, ...],  # hidden, weight, bias
 ) -> list[Tensor]:
     """dX `[N, H]`, dW `[V, H]`, db `[V]`, in the dtypes of their inputs; `[0]` where not needed."""
-    rows = _counted(row_grads.targets) if saved is None else saved.rows
+    rows = counted(row_grads.targets, saved)
     grads = row_grads.select(rows)
     x = _select(hidden, rows, head.dtype)
     dx = _zeros(x, x.shape) if needs[0] else None
@@ -275,7 +226,7 @@ def _compact(
     head: Head,
     x: Tensor,
     grads: RowGrads,
-    tiles: _Tiles,
+    tiles: Tiles,
     dx: Tensor | None,
     dw: Tensor | None,
     db: Tensor | None,
@@ -345,12 +296,6 @@ def _exact(
             write_product(dw[start:stop], tile.t(), x)
         if db is not None:  # db = sum over tokens of D
             db[start:stop] = tile.sum(dim=0, dtype=result_dtype(head.dtype))
-
-
-def _counted(targets: Tensor) -> Tensor | None:
-    """Indices of the rows that count; None where all do. One host synchronisation on a GPU."""
-    rows = (targets >= 0).nonzero().squeeze(1)
-    return None if len(rows) == len(targets) else rows
 
 
 def _select(tensor: Tensor, rows: Tensor | None, dtype: torch.dtype) -> Tensor:

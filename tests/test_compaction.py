@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from close import assert_close
+from heads import peaked
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -16,15 +17,6 @@ from fastdpo.compaction import choose_columns, hidden_error_bound
 from fastdpo.options import Transform
 
 TOL = 2.0**-10
-
-
-def peaked(tokens: int, vocab: int = 3001, hidden: int = 32, sharp: float = 1.5, seed: int = 0) -> tuple[Tensor, ...]:
-    """A head whose softmax lives on few columns, as a trained model's: hidden, weight, labels."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(vocab, hidden, generator=generator)
-    labels = torch.randint(0, vocab, (tokens,), generator=generator)
-    noise = torch.randn(tokens, hidden, generator=generator)
-    return sharp * (weight[labels % 97] + 0.3 * noise), weight, labels
 
 
 @pytest.fixture

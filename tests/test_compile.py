@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from heads import peaked
 from torch import Tensor
 
-from fastdpo import dpo_loss, linear_dpo_loss
+from fastdpo import dpo_loss, linear_dpo_loss, linear_token_logps
 from fastdpo.backend import load
 
 NO_COMPILER = isinstance(load("cpu"), str)
@@ -40,6 +41,29 @@ def test_compiles_without_graph_break(loss_type: str) -> None:
 
 
 @pytest.mark.skipif(NO_COMPILER, reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.parametrize("frozen", [False, True], ids=["both", "frozen head"])
+def test_compiles_with_compaction(frozen: bool) -> None:
+    """The same columns are dropped, the same bits come out; also of another number of tokens, and without gradients."""
+
+    def scores(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        out = linear_token_logps(hidden, weight, labels, grad_tol=2**-10, stats=("dropped_mass",))
+        return out.logps, out.dropped_mass
+
+    compiled = torch.compile(scores, fullgraph=True)
+    for tokens in (600, 300):
+        hidden, weight, labels = peaked(tokens)
+        labels[::7] = -100
+        leaves = [hidden.requires_grad_()] + ([] if frozen else [weight.requires_grad_()])
+        g = torch.randn(tokens)
+        (logps, dropped), (true_logps, true_dropped) = (f(hidden, weight, labels) for f in (compiled, scores))
+        assert torch.equal(logps, true_logps) and torch.equal(dropped, true_dropped) and dropped.any()
+        for grad, true in zip(*(torch.autograd.grad(x, leaves, g) for x in (logps, true_logps)), strict=True):
+            assert torch.equal(grad, true)
+    with torch.no_grad():
+        assert torch.equal(compiled(hidden, weight, labels)[0], logps)
+
+
+@pytest.mark.skipif(NO_COMPILER, reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiles_with_dynamic_numbers() -> None:
     """A beta schedule, and dynamic shapes: floats become symbols in the graph."""
     hidden, weight, labels, ref = batch()
@@ -67,8 +91,12 @@ def test_opcheck(backend: str) -> None:
         (ops.row_forward, (logits, targets, *transform, ["entropy", "is_top1"], backend)),
         (ops.row_backward, (logits, targets, *grads, *transform, backend)),
         (ops.row_backward_, (logits.clone(), targets, *grads, *transform, backend)),
-        (ops.linear_forward, (*linear, *transform, ["entropy"], torch.float32, 256.0, backend)),
-        (ops.linear_backward, (*linear, *grads, *transform, torch.float32, 1e-3, [True, True, False], backend)),
+        (ops.linear_logps, (*linear, *transform, "entropy", torch.float32, 0.0, 256.0, True, True, False, backend)),
+        (ops.linear_logps, (*linear, *transform, "", torch.float32, 0.05, 256.0, True, True, False, backend)),
+        (
+            ops.linear_backward,
+            (*linear, *grads, [], *transform, torch.float32, 0.0, 1e-3, [True, True, False], backend),
+        ),
         (ops.sequence_sums, (logps, bounds, backend)),
         (ops.pair_sigmoid, (logps, bounds, ref, 0.1, 0.0, backend)),
     ]

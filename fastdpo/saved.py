@@ -1,0 +1,119 @@
+"""What the from-hidden forward keeps for its backward (tiles.py), and how it travels: through autograd, and packed.
+
+Rows here are the tokens that count, in order.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .compaction import Compact
+from .inputs import result_dtype
+
+
+class Frozen(NamedTuple):
+    """What a tile keeps where the head needs no gradient: dX but for the factor d loss / d logp."""
+
+    dropped: Tensor  # [n], as Compact's
+    hidden_grad: Tensor  # [n, H] float32, d logp / d hidden
+
+
+Tiles = list[tuple[int, int, Compact | Frozen | None]]  # first row, last row + 1; None: dense
+
+
+class Saved(NamedTuple):
+    """What a forward keeps for its backward beside its inputs and results. Rows: those that count."""
+
+    logits: Tensor | None  # [n, V], overwritten by the backward
+    tiles: Tiles
+
+
+_KINDS: dict[int, Any] = {0: lambda: None, len(Frozen._fields): Frozen, len(Compact._fields): Compact}
+
+
+def flatten(saved: Saved | None) -> tuple[Any, list[Tensor]]:
+    """(layout, tensors) for save_for_backward, which frees them in time and knows gradient checkpointing."""
+    if saved is None:
+        return None, []
+    tensors = [] if saved.logits is None else [saved.logits]
+    tiles = [(first, last, len(kept or ())) for first, last, kept in saved.tiles]
+    return (saved.logits is not None, tiles), [*tensors, *(x for *_, kept in saved.tiles for x in kept or ())]
+
+
+def unflatten(layout: Any, tensors: list[Tensor]) -> Saved | None:
+    if layout is None:
+        return None
+    has_logits, tiles = layout
+    rest = iter(tensors)
+    # .data: the backward's overwriting is its own affair, not autograd's
+    logits = next(rest).data if has_logits else None
+    return Saved(logits, [(a, b, _KINDS[count](*itertools.islice(rest, count))) for a, b, count in tiles])
+
+
+def pack(saved: Saved | None, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """What tiles keep as four tensors: layout int64 `[tiles, 4]`, columns int32, probs, floats (see unpack)."""
+    layout, columns, probs, floats = [], [], [], []
+    for first, last, kept in () if saved is None else saved.tiles:
+        layout.append((first, last, len(kept or ()), len(kept.columns) if isinstance(kept, Compact) else 0))
+        if isinstance(kept, Compact):
+            columns.append(kept.columns)
+            probs.append(kept.probs.flatten())
+            floats += [kept.dropped, kept.mean_row]
+        elif kept is not None:
+            floats += [kept.dropped, kept.hidden_grad.flatten()]
+    dtypes = (torch.int32, dtype, result_dtype(dtype))
+    rest = [
+        torch.cat(parts) if parts else torch.empty(0, dtype=kind, device=device)
+        for parts, kind in zip((columns, probs, floats), dtypes, strict=True)
+    ]
+    return [torch.tensor(layout, dtype=torch.int64).view(-1, 4).to(device), *rest]
+
+
+def unpack(packed: Sequence[Tensor], width: int) -> Saved | None:
+    """The inverse of pack, whose layout has each tile's first, last, number of tensors and of columns. width: H."""
+    layout, columns, probs, floats = packed
+    tiles: Tiles = []
+    column = prob = number = 0
+    for first, last, count, k in layout.tolist():
+        n = last - first
+        kept: Compact | Frozen | None = None
+        if count:
+            dropped = floats[number : number + n]
+            number += n
+            more = width if count == len(Compact._fields) else n * width
+            rest = floats[number : number + more]
+            number += more
+            if count == len(Compact._fields):
+                kept = Compact(columns[column : column + k], probs[prob : prob + k * n].view(k, n), dropped, rest)
+                column, prob = column + k, prob + k * n
+            else:
+                kept = Frozen(dropped, rest.view(n, width))
+        tiles.append((first, last, kept))
+    return Saved(None, tiles) if tiles else None
+
+
+def dropped_mass(saved: Saved | None, targets: Tensor) -> Tensor:
+    """`[N]` float32: probability that a token's gradient leaves out; 0 where it is exact."""
+    result = torch.zeros(targets.shape, dtype=torch.float32, device=targets.device)
+    if saved is not None:
+        rows = counted(targets, saved)
+        for first, last, kept in saved.tiles:
+            if kept is not None:
+                result[slice(first, last) if rows is None else rows[first:last]] = kept.dropped
+    return result
+
+
+def counted(targets: Tensor, saved: Saved | None = None) -> Tensor | None:
+    """Indices of the rows that count; None where all do.
+
+    One host synchronisation on a GPU, none where `saved` tells how many they are.
+    """
+    there = targets >= 0
+    known = saved is not None and saved.tiles
+    rows = there.nonzero_static(size=known[-1][1]) if known else there.nonzero()
+    return None if len(rows) == len(targets) else rows.squeeze(1)
