@@ -23,7 +23,15 @@ class Frozen(NamedTuple):
     hidden_grad: Tensor  # [n, H] float32, d logp / d hidden
 
 
-Tiles = list[tuple[int, int, Compact | Frozen | None]]  # first row, last row + 1; None: dense
+class Exponentials(NamedTuple):
+    """Every logit of an exact, streamed forward: d logp / d raw = -slope * values * scale of the column's wave."""
+
+    values: Tensor  # bf16 [V, n]
+    scale: Tensor  # float32 [waves, n]
+
+
+Kept = Compact | Frozen | Exponentials
+Tiles = list[tuple[int, int, Kept | None]]  # first row, last row + 1; None: dense, or nothing kept
 
 
 class Saved(NamedTuple):
@@ -33,7 +41,7 @@ class Saved(NamedTuple):
     tiles: Tiles
 
 
-_KINDS: dict[int, Any] = {0: lambda: None, len(Frozen._fields): Frozen, len(Compact._fields): Compact}
+_KINDS: tuple[Any, ...] = (Compact, Frozen, Exponentials)
 
 
 def flatten(saved: Saved | None) -> tuple[Any, list[Tensor]]:
@@ -41,7 +49,7 @@ def flatten(saved: Saved | None) -> tuple[Any, list[Tensor]]:
     if saved is None:
         return None, []
     tensors = [] if saved.logits is None else [saved.logits]
-    tiles = [(first, last, len(kept or ())) for first, last, kept in saved.tiles]
+    tiles = [(first, last, None if kept is None else _KINDS.index(type(kept))) for first, last, kept in saved.tiles]
     return (saved.logits is not None, tiles), [*tensors, *(x for *_, kept in saved.tiles for x in kept or ())]
 
 
@@ -52,7 +60,11 @@ def unflatten(layout: Any, tensors: list[Tensor]) -> Saved | None:
     rest = iter(tensors)
     # .data: the backward's overwriting is its own affair, not autograd's
     logits = next(rest).data if has_logits else None
-    return Saved(logits, [(a, b, _KINDS[count](*itertools.islice(rest, count))) for a, b, count in tiles])
+    found: Tiles = []
+    for first, last, kind in tiles:
+        made = None if kind is None else _KINDS[kind](*itertools.islice(rest, len(_KINDS[kind]._fields)))
+        found.append((first, last, made))
+    return Saved(logits, found)
 
 
 def pack(saved: Saved | None, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
@@ -64,7 +76,7 @@ def pack(saved: Saved | None, dtype: torch.dtype, device: torch.device) -> list[
             columns.append(kept.columns)
             probs.append(kept.probs.flatten())
             floats += [kept.dropped, kept.mean_row]
-        elif kept is not None:
+        elif isinstance(kept, Frozen):
             floats += [kept.dropped, kept.hidden_grad.flatten()]
     dtypes = (torch.int32, dtype, result_dtype(dtype))
     rest = [
@@ -103,7 +115,7 @@ def dropped_mass(saved: Saved | None, targets: Tensor) -> Tensor:
     if saved is not None:
         rows = counted(targets, saved)
         for first, last, kept in saved.tiles:
-            if kept is not None:
+            if isinstance(kept, (Compact, Frozen)):
                 result[slice(first, last) if rows is None else rows[first:last]] = kept.dropped
     return result
 

@@ -6,7 +6,7 @@ Forward: tiles of tokens. A backend that streams takes a tile through cache, its
 Backward, one of three:
 - compact: with `grad_tol` > 0 the forward kept the columns that hold the probability (compaction.py); where the head
   is frozen it kept, in their place, the gradient of each token's logp;
-- kept: all logits fitted the workspace, and the forward left them: 6*N*V*H operations;
+- kept: all logits fitted the workspace, and the forward left them (streamed: their exponentials): 6*N*V*H operations;
 - recomputed: tiles of vocabulary columns over all tokens, 8*N*V*H operations. A tile `[N, w]` owns w whole rows of
   dW, so dW is summed inside one product (float32) and rounded once, with no float32 `[V, H]` buffer. Tiles whose
   softmax is not sparse ("dense") go this way too.
@@ -25,7 +25,7 @@ from .compaction import Compact
 from .inputs import result_dtype
 from .options import Transform
 from .products import add_product, write_product
-from .saved import Frozen, Saved, Tiles, counted
+from .saved import Exponentials, Frozen, Saved, Tiles, counted
 
 # Tokens a compact tile: more tokens share a column, fewer leave more columns empty. 256 keeps 3 to 7% of Gemma 3's
 # vocabulary on real text where 512 keeps 9 to 14%, and still fills the library's products
@@ -134,9 +134,13 @@ _Forward = tuple[list[Tensor], Tiles, Tensor | None]  # results, tiles, logits k
 
 def _streamed(head: Head, x: Tensor, y: Tensor, stats: tuple[str, ...], keep: bool) -> _Forward:
     step = _compact_step(len(x))
-    results, kept = head.kernels.stream_forward(
-        x, head.weight, head.bias, y, head.transform, stats, step, head.grad_tol, head.workspace_mb
+    fits = len(x) * head.weight.shape[0] * head.dtype.itemsize <= head.workspace_mb * 2**20
+    whole = keep and head.grad_tol == 0 and fits
+    results, kept, exponentials = head.kernels.stream_forward(
+        x, head.weight, head.bias, y, head.transform, stats, step, head.grad_tol, head.workspace_mb, whole
     )
+    if exponentials is not None:
+        return results, [(0, len(x), exponentials)], None
     starts = range(0, len(x), step)
     return results, [(a, min(a + step, len(x)), tile) for a, tile in zip(starts, kept, strict=True)], None
 
@@ -180,7 +184,8 @@ def _freeze(head: Head, rows: RowGrads, x: Tensor, tiles: Tiles) -> Tiles:
     dx = _zeros(x, x.shape)
     _compact(head, x, unit, tiles, dx, None, None, add=False)
     return [
-        (first, last, None if kept is None else Frozen(kept.dropped, dx[first:last])) for first, last, kept in tiles
+        (first, last, Frozen(kept.dropped, dx[first:last]) if isinstance(kept, Compact) else None)
+        for first, last, kept in tiles
     ]
 
 
@@ -238,6 +243,10 @@ def _compact(
     for first, last, kept in tiles:
         if isinstance(kept, Frozen) and dx is not None:
             dx[first:last] = grad_logps[first:last, None] * kept.hidden_grad
+        if isinstance(kept, Exponentials):
+            part = slice(first, last)
+            factors = kept.scale * (grad_logps[part] * (-head.transform.logit_scale / head.transform.temperature))
+            _from_exponentials(head, x[part], kept.values, factors, None if dx is None else dx[part], dw, db)
     compact = [(first, last, kept) for first, last, kept in tiles if isinstance(kept, Compact)]
     if not compact:
         return
@@ -263,6 +272,25 @@ def _compact(
     if dx is not None:
         for (first, last, _), part_dx in zip(compact, tile_dx, strict=True):
             dx[first:last] = part_dx
+
+
+def _from_exponentials(
+    head: Head,
+    x: Tensor,  # [n, H]
+    values: Tensor,  # [V, n]
+    factors: Tensor,  # [waves, n]: the gradient is values * factors
+    dx: Tensor | None,
+    dw: Tensor | None,
+    db: Tensor | None,
+) -> None:
+    """The factors stay outside of the products over the vocabulary: dX rounds nothing a second time, dW only X."""
+    for part, factor in zip(head.kernels.waves(len(values)), factors, strict=True):
+        if dx is not None:  # dX = sum over waves of factor (values.T @ W)
+            dx += factor[:, None] * torch.mm(values[part].t(), head.columns(part.start, part.stop))
+        if dw is not None:  # dW = values @ (factor X)
+            write_product(dw[part], values[part], (factor[:, None] * x).to(head.dtype))
+        if db is not None:  # db = values @ factor
+            db[part] = torch.mv(values[part], factor.to(head.dtype))
 
 
 def _exact(

@@ -267,13 +267,13 @@ def test_streamed_tile(vocab: int, tokens: int, weight_dtype: torch.dtype, trans
     labels[-1] = (logits[-1] * transform.logit_scale).argmax()
     truth = eager.row_forward(logits[None], labels, transform, stats)
     plain = eager.row_forward(logits.float()[None], labels, transform, stats)
-    results, (compact,) = cpu.stream_forward(hidden, weight, bias, labels, transform, stats, 256, TOL, 256.0)
+    results, (compact,), _ = cpu.stream_forward(hidden, weight, bias, labels, transform, stats, 256, TOL, 256.0)
     for name, result, true, yardstick in zip(("logps", "lse", *stats), results, truth, plain, strict=True):
         if name == "is_top1":
             assert torch.equal(result, true)
         else:
             assert_close(result, true, yardstick, unit=10)
-    again, (nothing,) = cpu.stream_forward(hidden, weight, bias, labels, transform, (), 256, 0.0, 256.0)
+    again, (nothing,), _ = cpu.stream_forward(hidden, weight, bias, labels, transform, (), 256, 0.0, 256.0)
     assert nothing is None
     assert_close(again[0], truth[0], plain[0], unit=10)
     if compact is not None:
@@ -297,7 +297,7 @@ def test_streamed_extremes() -> None:
     logits = hidden.double() @ weight.double().T + bias.double()
     labels[:10] = logits[:10].nan_to_num(neginf=0).argmin(1)
     truth = eager.row_forward(logits[None], labels, Transform(), ("entropy",))
-    (logps, lse, entropy), (compact,) = cpu.stream_forward(
+    (logps, lse, entropy), (compact,), _ = cpu.stream_forward(
         hidden, weight, bias, labels, Transform(), ("entropy",), 256, TOL, 256.0
     )
     torch.testing.assert_close(logps.double(), truth[0], rtol=1e-5, atol=1e-4)
@@ -339,7 +339,7 @@ def test_streamed_backward(add: bool, weight_dtype: torch.dtype, transform: Tran
     assert not isinstance(cpu, str)
     hidden, weight, labels = peaked(233, 3001, 700, sharp=0.2)
     hidden, weight = hidden.bfloat16(), weight.to(weight_dtype)
-    (logps, lse), kept = cpu.stream_forward(hidden, weight, None, labels, transform, (), 96, 2**-6, 256.0)
+    (logps, lse), kept, _ = cpu.stream_forward(hidden, weight, None, labels, transform, (), 96, 2**-6, 256.0)
     assert None not in kept
     g = torch.randn(233)
     dx, dw, db = torch.empty(233, 700), torch.full_like(weight, 0.5), torch.full((3001,), 0.5)
@@ -398,3 +398,41 @@ def test_frozen_head(backend: str, tokens: int, dtype: torch.dtype) -> None:
     assert torch.equal(frozen, torch.autograd.grad(out.logps, h, g, retain_graph=True)[0])
     kept = sum(x.numel() for x in out.logps.grad_fn.saved_tensors if x is not None)
     assert kept <= hidden.numel() * 2 + weight.numel() + tokens * 6
+
+
+@pytest.mark.skipif(not STREAMS, reason="this CPU has no bf16 products")
+@pytest.mark.parametrize("vocab", [3001, 70001])
+@pytest.mark.parametrize("keywords", [{}, dict(logit_scale=-0.5, softcap=20.0)], ids=["plain", "softcap"])
+def test_streamed_exact_keeps_what_fits(vocab: int, keywords: dict) -> None:
+    """Exponentials in place of logits: nearly as accurate as the backward that computes the logits again."""
+    hidden, weight, labels = peaked(300, vocab, 64)
+    hidden, weight, bias = hidden.bfloat16(), weight.bfloat16(), torch.randn(vocab).bfloat16()
+    labels[::7], g = -100, torch.randn(300)
+    results = []
+    for workspace_mb, kept in ((1.0, 0), (256.0, 1)):
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+        out = linear_token_logps(
+            *leaves[:2], labels, bias=leaves[2], grad_tol=0, workspace_mb=workspace_mb, backend="cpu", **keywords
+        )
+        sizes = [tuple(x.shape) for x in out.logps.grad_fn.saved_tensors if x is not None]
+        assert sizes.count((vocab, (labels != -100).sum())) == kept
+        first = torch.autograd.grad(out.logps, leaves, g, retain_graph=True)
+        results.append(torch.autograd.grad(out.logps, leaves, g))
+        assert all(torch.equal(a, b) for a, b in zip(first, results[-1], strict=True))
+    truth = [x.double().requires_grad_() for x in (hidden, weight, bias)]
+    out = linear_token_logps(*truth[:2], labels, bias=truth[2], **keywords)
+    for again, kept, true in zip(*results, torch.autograd.grad(out.logps, truth, g.double()), strict=True):
+        assert (kept.double() - true).norm() < 2 * (again.double() - true).norm() + 1e-6 * true.norm()
+
+
+@pytest.mark.skipif(not STREAMS, reason="this CPU has no bf16 products")
+def test_streamed_exponentials_out_of_range() -> None:
+    """Logits thousands above the target's: nothing is kept, the backward computes them again."""
+    hidden, weight, labels = peaked(20, 40000, 16, sharp=300.0)
+    hidden, weight = hidden.bfloat16(), weight.bfloat16()
+    labels[:10] = (hidden[:10].float() @ weight.float().T).argmin(1)
+    g = torch.randn(20)
+    _, _, dx, dw = gradients(hidden, weight, labels, g, grad_tol=0, backend="cpu")
+    true = gradients(hidden.double(), weight.double(), labels, g.double())
+    assert (dx.double() - true[2]).norm() < 1e-2 * true[2].norm()
+    assert (dw.double() - true[3]).norm() < 1e-2 * true[3].norm()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from fastdpo.compaction import Compact
 from fastdpo.eager import add_weight_gradient, column_mass, column_probs
 from fastdpo.options import Transform
+from fastdpo.saved import Exponentials
 
 from .build import BuildError, library
 
@@ -27,6 +29,7 @@ __all__ = [
     "stream_gradient",
     "streams",
     "unavailable",
+    "waves",
 ]
 
 # What the C++ returns beside logps and lse, in its order
@@ -86,18 +89,30 @@ def stream_forward(
     tile_tokens: int,
     grad_tol: float,
     workspace_mb: float,
-) -> tuple[list[Tensor], list[Compact | None]]:
+    keep: bool = False,
+) -> tuple[list[Tensor], list[Compact | None], Exponentials | None]:
     """row_forward's results straight from hidden states (float32 logits, never as a whole); each tile's kept columns.
 
     None in their place where grad_tol is 0 or the softmax is not sparse enough (or the workspace too small to see it).
+    With grad_tol = 0 and `keep`, what the exact backward needs of every logit; None where one left bf16's range.
     """
     out = torch.ops.fastdpo_cpu.stream_forward(
         *(hidden.contiguous(), weight, _float(bias), targets, *transform),
-        *(bool(stats), tile_tokens, grad_tol, workspace_mb),
+        *(bool(stats), tile_tokens, grad_tol, workspace_mb, keep),
     )
     count = 2 + (len(_STATS) if stats else 0)
+    results = _ordered(out[:count], stats)
+    exponentials = None
+    if keep:
+        exponentials = Exponentials(*out[count : count + 2]) if len(out[count]) else None
+        count += 2
     tiles = [Compact(*out[i : i + 4]) if len(out[i]) else None for i in range(count, len(out), 4)]
-    return _ordered(out[:count], stats), tiles
+    return results, tiles, exponentials
+
+
+def waves(vocab: int) -> Iterator[slice]:
+    """The ranges of columns that share a row of `Exponentials.scale`: kWaveRows of stream.h."""
+    return (slice(start, min(start + 32768, vocab)) for start in range(0, vocab, 32768))
 
 
 def stream_backward(

@@ -119,15 +119,29 @@ void streamed_gradient(
   stream_gradient(in, grads, first, last, out.data_ptr<at::BFloat16>());
 }
 
-// row results as forward(), then columns int32 [k], probs bf16 [k, n], dropped [n], mean_row [H] of each tile; k = 0: dense
+// row results as forward(); where `keep`, values bf16 [V, n] (or [0, n]: not usable) and scale of Exponentials; then
+// columns int32 [k], probs bf16 [k, n], dropped [n], mean_row [H] of each tile; k = 0: dense
 std::vector<Tensor> stream(
     const Tensor& hidden, const Tensor& weight, const OptTensor& bias, const Tensor& targets, double logit_scale,
     std::optional<double> softcap, double temperature, bool stats, int64_t tile_tokens, double grad_tol,
-    double workspace_mb) {
+    double workspace_mb, bool keep) {
   TORCH_CHECK(tile_tokens > 0, "tile_tokens: expected a positive number, got ", tile_tokens);
   const auto in = stream_inputs(hidden, weight, bias, targets, {logit_scale, softcap, temperature});
   auto [out, results] = row_results(hidden, in.n, stats);
-  for (const Compact& tile : stream_forward(in, tile_tokens, grad_tol, workspace_mb, results)) {
+  Exponentials kept{nullptr, nullptr, in.n};
+  Tensor values, scale;
+  if (keep) {
+    values = at::empty({in.vocab, in.n}, hidden.options());
+    scale = at::empty({(in.vocab + kWaveRows - 1) / kWaveRows, in.n}, hidden.options().dtype(at::kFloat));
+    kept.values = values.data_ptr<at::BFloat16>();
+    kept.scale = scale.data_ptr<float>();
+  }
+  const auto tiles = stream_forward(in, tile_tokens, grad_tol, workspace_mb, results, kept);
+  if (keep) {
+    out.push_back(kept.usable ? values : at::empty({0, in.n}, hidden.options()));
+    out.push_back(scale);
+  }
+  for (const Compact& tile : tiles) {
     const bool kept = tile.columns.defined();
     for (const Tensor& part : {tile.columns, tile.probs, tile.dropped, tile.mean_row})
       out.push_back(kept ? part : at::empty({0}, hidden.options().dtype(at::kFloat)));
@@ -224,7 +238,7 @@ TORCH_LIBRARY(fastdpo_cpu, m) {
   m.def("streams() -> bool", streams);
   m.def(
       "stream_forward(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float logit_scale, float? softcap, "
-      "float temperature, bool stats, int tile_tokens, float grad_tol, float workspace_mb) -> Tensor[]",
+      "float temperature, bool stats, int tile_tokens, float grad_tol, float workspace_mb, bool keep) -> Tensor[]",
       stream);
   m.def(
       "stream_backward(Tensor hidden, Tensor weight, Tensor targets, Tensor logps, Tensor lse, Tensor grad_logps, "

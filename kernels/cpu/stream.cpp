@@ -14,6 +14,7 @@
 #include <ATen/native/CPUBlas.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <utility>
 
@@ -30,10 +31,13 @@ constexpr int64_t kRows = 32;  // rows of weight a product: [32, 256] float32 is
 constexpr int64_t kGroup = 4;  // columns a pass over the tokens' sums
 constexpr int64_t kChunk = 1024;  // rows of weight a task
 constexpr int64_t kProbe = 4;  // chunks that only raise the bound
-constexpr int64_t kWave = 32;  // chunks between two rises of the bound
+constexpr int64_t kWave = kWaveRows / kChunk;  // chunks between two rises of the bound
 constexpr double kSlack = 256;  // eps = grad_tol / kSlack
 constexpr double kCandidates = 0.4;  // of V: with more the tile is dense, and the search ends
 constexpr float kOverflow = 60;  // x - m beyond this: m rises at once
+
+// What a pass over the vocabulary leaves beside the sums
+enum class Keep { kNothing, kCandidates, kExponentials };
 
 struct Scratch {
   std::vector<float> logits;  // [32, padded n]
@@ -45,9 +49,11 @@ struct Streamer {
   Tile& tile;
   Base2<kSoftcap> base2;
   float log2_eps;
+  Exponentials kept;  // of this tile's tokens
+  std::atomic<bool> overflowed{false};
 
-  explicit Streamer(Tile& t)
-      : tile(t), base2(t.in.transform), log2_eps(float(std::log2(t.grad_tol / kSlack))) {}
+  Streamer(Tile& t, const Exponentials& exponentials)
+      : tile(t), base2(t.in.transform), log2_eps(float(std::log2(t.grad_tol / kSlack))), kept(exponentials) {}
 
   const W* weight(int64_t v) const {
     return static_cast<const W*>(tile.in.weight) + v * tile.in.weight_stride;
@@ -63,7 +69,7 @@ struct Streamer {
     return z;
   }
 
-  void chunk(int64_t first, int64_t last, bool collect, Scratch& scratch, Chunk& out) const {
+  void chunk(int64_t first, int64_t last, Keep keep, Scratch& scratch, Chunk& out) {
     const auto& in = tile.in;
     std::copy(tile.bound.begin(), tile.bound.end(), out.sums.m.begin());
     auto target = tile.first_target(first);
@@ -78,18 +84,25 @@ struct Streamer {
         const bool target_near = target != tile.targets.end() && target->column < v0 + r + kGroup;
         // is_top1 asks what stands before and what after a target: then column by column
         const bool together = r + kGroup <= rows && !(kStats && target_near);
-        const auto next = together ? (collect ? &Streamer::group<kGroup, true> : &Streamer::group<kGroup, false>)
-                                   : (collect ? &Streamer::group<1, true> : &Streamer::group<1, false>);
+        const auto next = together ? columns<kGroup>(keep) : columns<1>(keep);
         (this->*next)(v0 + r, scratch.logits.data() + r * tile.padded, target, out);
         r += together ? kGroup : 1;
       }
     }
   }
 
+  template <int kCount>
+  static auto columns(Keep keep) {
+    return keep == Keep::kCandidates     ? &Streamer::group<kCount, Keep::kCandidates>
+           : keep == Keep::kExponentials ? &Streamer::group<kCount, Keep::kExponentials>
+                                         : &Streamer::group<kCount, Keep::kNothing>;
+  }
+
   // kCount columns from v on: their raw logits [kCount, padded n] become x - m on the way. Several columns at a time,
   // so that the sums of a token are loaded and stored once for all of them.
-  template <int kCount, bool kCollect>
-  void group(int64_t v, float* x, std::vector<Target>::const_iterator& target, Chunk& out) const {
+  template <int kCount, Keep kKeep>
+  void group(int64_t v, float* x, std::vector<Target>::const_iterator& target, Chunk& out) {
+    constexpr bool kCollect = kKeep == Keep::kCandidates;
     const auto& in = tile.in;
     auto& sums = out.sums;
     const int64_t padded = tile.padded;
@@ -165,6 +178,8 @@ struct Streamer {
           ex = at::vec::fmadd(e, above, ex);
           ee = at::vec::fmadd(e, e, ee);
         }
+        if constexpr (kKeep == Keep::kExponentials)
+          (kSoftcap ? e * base2.flatness(above + F::loadu(sums.m.data() + i)) : e).store(x + c * padded + i);
       }
       (F::loadu(sums.s.data() + i) + s).store(sums.s.data() + i);
       if (kCollect && any_drop)
@@ -173,6 +188,10 @@ struct Streamer {
         (F::loadu(sums.ex.data() + i) + ex).store(sums.ex.data() + i);
         (F::loadu(sums.ee.data() + i) + ee).store(sums.ee.data() + i);
       }
+    }
+    if constexpr (kKeep == Keep::kExponentials) {
+      for (int c = 0; c < kCount; ++c)
+        at::vec::convert(x + c * padded, kept.values + (v + c) * kept.stride, in.n);
     }
     if constexpr (!kCollect)
       return;
@@ -190,7 +209,8 @@ struct Streamer {
   }
 
   // Tokens whose x - m would overflow a later sum: m rises to their largest x
-  void raise_overflowing(float* x, int columns, TokenSums<float>& sums) const {
+  void raise_overflowing(float* x, int columns, TokenSums<float>& sums) {
+    overflowed = true;
     for (int64_t i = 0; i < tile.in.n; ++i) {
       float most = x[i];
       for (int c = 1; c < columns; ++c)
@@ -217,11 +237,31 @@ void merge(TokenSums<double>& all, const TokenSums<float>& part, int64_t n) {
   }
 }
 
+// The bounds become factors, and the targets' entries their gradient: p - 1. False where a factor is too small for that.
+template <typename Base>
+bool finish(
+    const Tile& tile, const Base& base2, const std::vector<float>& lse2, const float* logps, const Exponentials& kept) {
+  const int64_t waves = (tile.in.vocab + kWaveRows - 1) / kWaveRows;
+  bool usable = true;
+  for (int64_t i = 0; i < tile.in.n; ++i) {
+    for (int64_t w = 0; w < waves; ++w) {
+      float& scale = kept.scale[w * kept.stride + i];
+      scale = std::exp2(scale - lse2[i]);
+      usable &= scale > 1e-30f;
+    }
+    const int64_t y = tile.in.targets[i];
+    const double flat = base2.flatness(double(tile.target_x[i])), factor = kept.scale[y / kWaveRows * kept.stride + i];
+    kept.values[y * kept.stride + i] = BFloat16(float(flat * std::expm1(double(logps[i])) / factor));
+  }
+  return usable;
+}
+
 // One tile: its row results into `out` (of its tokens), and its columns
 template <typename W, bool kSoftcap, bool kStats>
-Compact run(Tile& tile, std::vector<Chunk>& chunks, double workspace_mb, const RowResults& out) {
+Compact run(
+    Tile& tile, std::vector<Chunk>& chunks, double workspace_mb, const RowResults& out, Exponentials& kept) {
   const auto& in = tile.in;
-  const Streamer<W, kSoftcap, kStats> streamer(tile);
+  Streamer<W, kSoftcap, kStats> streamer(tile, kept);
   const int64_t n = in.n, count = int64_t(chunks.size());
   for (int64_t i = 0; i < n; ++i) {
     const double x = streamer.base2.core(double(streamer.target_logit(i))) * streamer.base2.factor;
@@ -231,11 +271,11 @@ Compact run(Tile& tile, std::vector<Chunk>& chunks, double workspace_mb, const R
   all.reset(n, -std::numeric_limits<double>::infinity());
   std::copy_n(tile.bound.begin(), n, all.m.begin());
 
-  const auto wave = [&](int64_t from, int64_t to, bool collect) {
+  const auto wave = [&](int64_t from, int64_t to, Keep keep) {
     each_task(from, to, [&] {
       return [&, scratch = Scratch()](int64_t c) mutable {
         chunks[c].reset(tile.padded, in.width);
-        streamer.chunk(c * kChunk, std::min(in.vocab, (c + 1) * kChunk), collect, scratch, chunks[c]);
+        streamer.chunk(c * kChunk, std::min(in.vocab, (c + 1) * kChunk), keep, scratch, chunks[c]);
       };
     });
   };
@@ -244,10 +284,11 @@ Compact run(Tile& tile, std::vector<Chunk>& chunks, double workspace_mb, const R
       tile.bound[i] = float(seen.m[i] + std::max(0., std::log2(seen.s[i])));
   };
 
-  bool collect = tile.grad_tol > 0;
+  Keep keep = tile.grad_tol > 0 ? Keep::kCandidates : kept.values ? Keep::kExponentials : Keep::kNothing;
   const int64_t probe = std::min(kProbe, count);
-  if (collect) {
-    wave(0, probe, false);
+  if (keep != Keep::kNothing) {
+    wave(0, probe, Keep::kNothing);
+    streamer.overflowed = false;
     TokenSums<double> probed = all;
     for (int64_t c = 0; c < probe; ++c)
       merge(probed, chunks[c].sums, n);
@@ -259,7 +300,9 @@ Compact run(Tile& tile, std::vector<Chunk>& chunks, double workspace_mb, const R
   int64_t candidates = 0;
   for (int64_t from = 0; from < count; from += kWave) {
     const int64_t to = std::min(count, from + kWave);
-    wave(from, to, collect);
+    if (keep == Keep::kExponentials)  // for now; a factor once lse is known
+      std::copy_n(tile.bound.begin(), n, kept.scale + from / kWave * kept.stride);
+    wave(from, to, keep);
     for (int64_t c = from; c < to; ++c) {
       const auto& part = chunks[c].sums;
       merge(all, part, n);
@@ -275,7 +318,7 @@ Compact run(Tile& tile, std::vector<Chunk>& chunks, double workspace_mb, const R
     }
     raise_bound(all);
     if (candidates > most_candidates) {
-      collect = false;
+      keep = Keep::kNothing;
       for (auto& chunk : chunks)
         chunk.x = {};
       candidates = 0;
@@ -299,8 +342,10 @@ Compact run(Tile& tile, std::vector<Chunk>& chunks, double workspace_mb, const R
       out.is_top1[i] = tile.target_raw[i] > all.before[i] && tile.target_raw[i] >= all.after[i];
     }
   }
+  if (keep == Keep::kExponentials)
+    kept.usable &= finite && !streamer.overflowed && finish(tile, streamer.base2, lse2, out.logps, kept);
   // A NaN or infinite lse has no order of masses to choose by
-  return collect && finite ? choose(tile, chunks, lse2, std::move(dropped)) : Compact{};
+  return keep == Keep::kCandidates && finite ? choose(tile, chunks, lse2, std::move(dropped)) : Compact{};
 }
 
 template <typename W>
@@ -312,7 +357,8 @@ auto runner(bool softcap, bool stats) {
 }  // namespace
 
 std::vector<Compact> stream_forward(
-    const StreamInputs& in, int64_t tile_tokens, double grad_tol, double workspace_mb, const RowResults& out) {
+    const StreamInputs& in, int64_t tile_tokens, double grad_tol, double workspace_mb, const RowResults& out,
+    Exponentials& kept) {
   const bool softcap = in.transform.softcap.has_value(), stats = out.entropy != nullptr;
   const auto one = in.float_weight ? runner<float>(softcap, stats) : runner<BFloat16>(softcap, stats);
   std::vector<Chunk> chunks((in.vocab + kChunk - 1) / kChunk);
@@ -327,9 +373,12 @@ std::vector<Compact> stream_forward(
     const bool search = 2 * dense <= int64_t(tiles.size()) + 1;
     Tile tile(part, search ? grad_tol : 0);
     const auto at = [&](auto* values) { return values ? values + first : nullptr; };
+    Exponentials of_tile{at(kept.values), at(kept.scale), in.n};
     tiles.push_back(one(
         tile, chunks, workspace_mb,
-        {at(out.logps), at(out.lse), at(out.entropy), at(out.mean_logits), at(out.log_sum_sq_probs), at(out.is_top1)}));
+        {at(out.logps), at(out.lse), at(out.entropy), at(out.mean_logits), at(out.log_sum_sq_probs), at(out.is_top1)},
+        of_tile));
+    kept.usable &= of_tile.usable;
     dense += !tiles.back().columns.defined();
   }
   return tiles;

@@ -31,11 +31,22 @@ struct Compact {
   at::Tensor mean_row;  // float32 [H] mean of the dropped rows of weight, by their mass
 };
 
+constexpr int64_t kWaveRows = 32768;  // columns that share a factor
+
+// What the exact backward needs of each logit: -(d logp / d raw logit) = slope * values * scale of its column's wave.
+struct Exponentials {
+  c10::BFloat16* values;  // [V, n] or null: 2^(x - bound) times dz/dz's flatness; at a target its own, p - 1 in p's place
+  float* scale;  // [waves, n]: 2^(bound - lse)
+  int64_t stride;  // of tokens: n, of the whole batch
+  bool usable = true;  // false: a logit left the range of these numbers
+};
+
 // Row results of all tokens; and one Compact for each tile of tile_tokens. Dropped: at most grad_tol * n in sum.
-// grad_tol = 0: nothing is kept. workspace_mb bounds what the search for columns may hold; a tile that needs more is
+// grad_tol = 0: no columns; `kept` where it is not null. workspace_mb bounds what the search for columns may hold; a tile that needs more is
 // dense.
 std::vector<Compact> stream_forward(
-    const StreamInputs&, int64_t tile_tokens, double grad_tol, double workspace_mb, const RowResults& out);
+    const StreamInputs&, int64_t tile_tokens, double grad_tol, double workspace_mb, const RowResults& out,
+    Exponentials& kept);
 
 // d(sum grad_logps*logps + grad_entropy*entropy) / d(raw logits of columns first .. last-1), transposed: out [last-first, n]
 void stream_gradient(const StreamInputs&, const RowGrads&, int64_t first, int64_t last, c10::BFloat16* out);

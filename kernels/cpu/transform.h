@@ -36,6 +36,16 @@ struct Base2 {
     return kSoftcap ? std::tanh(raw * in * (kLn2 / 2)) : raw;
   }
 
+  // (dz/draw) / slope = 1 - tanh(u)^2, from x
+  F flatness(F x) const {
+    const F tanh = at::vec::clamp(x * F(1.f / factor), F(-1.f), F(1.f));
+    return F(1.f) - tanh * tanh;
+  }
+  double flatness(double x) const {
+    const double tanh = kSoftcap ? x / factor : 0;
+    return 1 - tanh * tanh;
+  }
+
   // z in base 2 as x is: with factor's rounding
   double from_natural(double z) const {
     return unit == 0 ? z * kLog2e : z * (factor / unit);
