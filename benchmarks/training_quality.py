@@ -82,12 +82,19 @@ def train(name: str, options: argparse.Namespace, folder: Path) -> None:
     unfinished.rename(folder / "metrics.jsonl")
 
 
+def curve(records: list[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    """Steps and values; no accuracy at step 0, where every margin is rounding alone."""
+    steps, values = series(records, key)
+    skip = 1 if key == "eval_rewards/accuracies" else 0
+    return steps[skip:], values[skip:]
+
+
 def picture(records: dict[str, list[dict[str, Any]]], path: Path) -> None:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(13, 3.6), layout="constrained")
         for axes, (key, title) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
             for name, lines in records.items():
-                steps, values = series(lines, key)
+                steps, values = curve(lines, key)
                 width, style = (5.0, "-") if name == "exact" else (1.6, "-" if name == "compact" else "--")
                 axes.plot(steps, values, style, color=RUNS[name][2], lw=width, label=name)
             axes.set(title=title, xlabel="step")
@@ -101,7 +108,7 @@ def distances(records: dict[str, list[dict[str, Any]]]) -> None:
         f"{'distance from the exact run':32}{'compact, mean':>15}{'largest':>9}{'other seed, mean':>18}{'largest':>9}"
     )
     for key, title in PANELS:
-        values = {name: torch.tensor(series(lines, key)[1]) for name, lines in records.items()}
+        values = {name: torch.tensor(curve(lines, key)[1]) for name, lines in records.items()}
         line = f"{title:32}"
         for name, width in (("compact", 15), ("exact, other seed", 18)):
             apart = (values[name] - values["exact"]).abs()

@@ -135,6 +135,8 @@ def linear_token_logps(
         workspace_mb=workspace_mb,
         backend=backend,
     )
+    if not torch.is_grad_enabled():  # a Function is told of requires_grad alone, and would keep columns for no backward
+        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     apply = _traced_linear if torch.compiler.is_compiling() else LinearTokenLogpsFunction.apply
     return _named(apply(hidden, weight, labels, bias, options), options)
 

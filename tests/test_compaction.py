@@ -233,6 +233,15 @@ def test_gradient_of_the_entropy_is_exact(backend: str, tokens: int) -> None:
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
 
 
+def test_nothing_is_kept_without_gradients(backend: str, tokens: int) -> None:
+    """A reference's forward: its weight requires a gradient, grad mode is off."""
+    hidden, weight, labels = peaked(tokens)
+    weight.requires_grad_()
+    with torch.no_grad():
+        out = linear_token_logps(hidden, weight, labels, grad_tol=TOL, stats=("dropped_mass",), backend=backend)
+    assert not out.dropped_mass.any() and not out.logps.requires_grad
+
+
 def test_retained_graph_and_accumulation() -> None:
     """Two backwards through one graph, and the same weight as policy and reference in one graph."""
     hidden, weight, labels = peaked(300)
