@@ -2,10 +2,14 @@
 
 from . import ops as _ops  # noqa: F401  registers torch.ops.fastdpo
 from .head import LinearTokenLogpsFunction, TokenLogps, TokenLogpsFunction, linear_token_logps, token_logps
-from .preference import DPOFunction, DPOLoss, LinearDPOLoss, PreferenceOutput, dpo_loss, linear_dpo_loss
+from .pair_kernel import DPOFunction
+from .preference import DPOLoss, LinearDPOLoss, PreferenceOutput, dpo_loss, linear_dpo_loss
+from .schedule import BetaSchedule
+from .sequences import sequence_logps
 
 __version__ = "0.1.0"
 __all__ = [
+    "BetaSchedule",
     "DPOFunction",
     "DPOLoss",
     "LinearDPOLoss",
@@ -16,5 +20,6 @@ __all__ = [
     "dpo_loss",
     "linear_dpo_loss",
     "linear_token_logps",
+    "sequence_logps",
     "token_logps",
 ]

@@ -95,3 +95,10 @@ def check_number(name: str, value: object, above: float = -INFINITY, hint: str =
     if not above < value < INFINITY:
         bound = f" above {above:g}" if above > -INFINITY else ""
         raise ValueError(f"{name}: expected a finite number{bound}, got {value!r}{hint}")
+
+
+def check_within(name: str, value: object, low: float, high: float) -> None:
+    """Raise for anything but a finite Python number in [low, high]."""
+    check_number(name, value)
+    if not low <= value <= high:  # type: ignore[operator]
+        raise ValueError(f"{name}: expected a number in [{low:g}, {high:g}], got {value!r}")
