@@ -6,6 +6,7 @@ from .pair_kernel import DPOFunction
 from .preference import DPOLoss, LinearDPOLoss, PreferenceOutput, dpo_loss, linear_dpo_loss
 from .schedule import BetaSchedule
 from .sequences import sequence_logps
+from .unpaired import UnpairedOutput, kto_kl, linear_unpaired_loss, unpaired_loss
 
 __version__ = "0.1.0"
 __all__ = [
@@ -17,9 +18,13 @@ __all__ = [
     "PreferenceOutput",
     "TokenLogps",
     "TokenLogpsFunction",
+    "UnpairedOutput",
     "dpo_loss",
+    "kto_kl",
     "linear_dpo_loss",
     "linear_token_logps",
+    "linear_unpaired_loss",
     "sequence_logps",
     "token_logps",
+    "unpaired_loss",
 ]

@@ -87,8 +87,9 @@ def position_weights(
     counts = lengths(layout, like, backend)
     shared = torch.minimum(*counts.chunk(2)).repeat(2)
     nth = layout.counted.cumsum(0) - spread(counts.cumsum(0) - counts, layout.bounds, like.shape[0])
-    verbose = torch.where(nth <= spread(shared, layout.bounds, like.shape[0]), 1.0, ld_alpha).to(like.dtype)
-    return verbose if weights is None else weights * verbose
+    verbose = (nth > spread(shared, layout.bounds, like.shape[0])).to(like.dtype)
+    by_place = 1 - (1 - ld_alpha) * verbose
+    return by_place if weights is None else weights * by_place
 
 
 def spread(values: Tensor, bounds: Tensor, positions: int) -> Tensor:

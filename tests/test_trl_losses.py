@@ -13,9 +13,9 @@ pytest.importorskip("trl")
 
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
-from fastdpo import demo_task, linear_dpo_loss, linear_token_logps
+from fastdpo import demo_task, kto_kl, linear_dpo_loss, linear_token_logps, linear_unpaired_loss
 from fastdpo.losses import LOSSES
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -57,8 +57,8 @@ def cases() -> list[Any]:
     ]
 
 
-@pytest.fixture(scope="module")
-def trainer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def models() -> tuple[Any, Any, Any]:
+    """Policy, reference and tokenizer; the reference is not far from the policy, as in training."""
     torch.manual_seed(0)
     tokenizer = demo_task.tokenizer()
     config = LlamaConfig(
@@ -74,24 +74,41 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> Any:
         initializer_range=0.1,
     )
     policy, reference = LlamaForCausalLM(config), LlamaForCausalLM(config)
-    with torch.no_grad():  # a reference not far from the policy, as in training
+    with torch.no_grad():
         for mine, theirs in zip(reference.parameters(), policy.parameters(), strict=True):
-            mine.copy_(theirs + 0.1 * mine)
-    return DPOTrainer(
+            mine.copy_(theirs - 0.1 * mine)
+    return policy, reference, tokenizer
+
+
+def make_trainer(
+    trainer_class: Any, config_class: Any, rows: list[dict[str, Any]], folder: Any, **settings: Any
+) -> Any:
+    policy, reference, tokenizer = models()
+    args = config_class(
+        output_dir=str(folder),
+        per_device_train_batch_size=5,
+        report_to="none",
+        bf16=False,
+        use_cpu=True,
+        gradient_checkpointing=False,
+        **settings,
+    )
+    return trainer_class(
         model=policy,
         ref_model=reference,
-        args=DPOConfig(
-            output_dir=str(tmp_path_factory.mktemp("out")),
-            per_device_train_batch_size=5,
-            use_weighting=True,  # so that the head returns log_sum_sq_probs
-            report_to="none",
-            bf16=False,
-            use_cpu=True,
-            gradient_checkpointing=False,
-        ),
-        train_dataset=Dataset.from_list([p._asdict() for p in demo_task.pairs(demo_task.prompts(0, 5), 0)]),
+        args=args,
+        train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
     )
+
+
+PAIRS = [pair._asdict() for pair in demo_task.pairs(demo_task.prompts(0, 5), 0)]
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    # use_weighting: the head returns log_sum_sq_probs
+    return make_trainer(DPOTrainer, DPOConfig, PAIRS, tmp_path_factory.mktemp("out"), use_weighting=True)
 
 
 def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
@@ -127,14 +144,55 @@ def test_equals_trl(trainer: Any, loss_type: str | list[str], options: dict[str,
     mine = linear_dpo_loss(hidden, model.lm_head.weight, labels, ref, loss_type=loss_type, shift=True, **given)
     my_gradients = gradients(model, mine.loss)
 
-    assert mine.loss.item() == pytest.approx(theirs.item(), rel=1e-5, abs=1e-6)
+    # discopop's sigmoid(z / tau) multiplies the rounding of the logps by 1 / tau
+    assert_same(mine.loss, my_gradients, theirs, their_gradients, 1e-4 if "discopop" in names else 2e-5)
+
+
+def assert_same(
+    mine: Tensor, my_gradients: dict[str, Tensor], theirs: Tensor, their_gradients: dict[str, Tensor], rounding: float
+) -> None:
+    assert mine.item() == pytest.approx(theirs.item(), rel=1e-5, abs=1e-6)
     assert my_gradients.keys() == their_gradients.keys()
     norms = [torch.stack([g.norm() for g in found.values()]).norm() for found in (my_gradients, their_gradients)]
     assert norms[1] > 0
     torch.testing.assert_close(*norms, rtol=2e-5, atol=0)
     for name, gradient in their_gradients.items():
-        # discopop's sigmoid(z / tau) multiplies the rounding of the logps by 1 / tau
         scale = float(gradient.abs().max())
-        torch.testing.assert_close(
-            my_gradients[name], gradient, rtol=1e-4, atol=(1e-4 if "discopop" in names else 2e-5) * scale
-        )
+        torch.testing.assert_close(my_gradients[name], gradient, rtol=1e-4, atol=rounding * scale)
+
+
+@pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])
+def test_unpaired_equals_trl(loss_type: str, tmp_path: Any) -> None:
+    """KTO with the KL term of TRL's mismatched completions."""
+    rows = [
+        {"prompt": p["prompt"], "completion": p[side], "label": side == "chosen"}
+        for p, side in zip(PAIRS, ("chosen", "rejected", "chosen", "chosen", "rejected"), strict=True)
+    ]
+    weights = dict(desirable_weight=0.7, undesirable_weight=1.3)
+    trainer = make_trainer(
+        KTOTrainer, KTOConfig, rows, tmp_path, loss_type=loss_type, train_sampling_strategy="sequential", **weights
+    )
+    trainer.model.train(False)
+    batch = next(iter(trainer.get_train_dataloader()))
+    theirs = trainer._compute_loss(trainer.model, batch, False)
+    their_gradients = gradients(trainer.model, theirs)
+
+    def sequences(model: Any, prefix: str = "") -> tuple[Tensor, Tensor]:
+        inputs = {key: batch[prefix + key] for key in ("input_ids", "attention_mask")}
+        labels = batch[prefix + "input_ids"].masked_fill(batch[prefix + "completion_mask"] == 0, -100)
+        return model.model(**inputs).last_hidden_state, labels
+
+    def logps(model: Any, prefix: str = "") -> Tensor:
+        hidden, labels = sequences(model, prefix)
+        return linear_token_logps(hidden, model.lm_head.weight, labels, shift=True).logps.sum(1)
+
+    with torch.no_grad():
+        ref = logps(trainer.ref_model)
+        options = dict(loss_type="apo_zero")
+        if loss_type == "kto":
+            options = dict(kl=kto_kl(logps(trainer.model, "KL_"), logps(trainer.ref_model, "KL_")))
+            assert options["kl"] > 0
+    hidden, labels = sequences(trainer.model)
+    head = trainer.model.lm_head.weight
+    mine = linear_unpaired_loss(hidden, head, labels, batch["label"].bool(), ref, shift=True, **options, **weights)
+    assert_same(mine.loss, gradients(trainer.model, mine.loss), theirs, their_gradients, 2e-5)

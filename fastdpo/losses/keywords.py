@@ -26,7 +26,7 @@ class LossKeywords(TypedDict, total=False):
     gamma: margin that the rewards should keep, `beta h - gamma`; a number or `[B]` (Llama 2's margin, SimPO's gamma,
         ODPO's offset, arXiv 2402.10571). None: 0.5 for simpo, else 0.
     discopop_tau: temperature of discopop.
-    kl: KTO's reference point, a number or a tensor `[]`; a constant. `kto_kl` estimates it.
+    kl: KTO's reference point, a number or a tensor `[]`; a constant. `fastdpo.kto_kl` estimates it.
     parameterization: the reward beta r (arXiv 2407.13709). "ratio": r = log p(y|x)/p_ref(y|x); "posterior":
         r = log p(y|x), takes no ref_logps; "likelihood": r = log p(y|x)/p_ref(y), where ref_logps are the reference's
         logps of the completion without its prompt.

@@ -17,7 +17,7 @@ def nca_pair(pairs: Pairs, options: LossOptions) -> Tensor:
 
 def bco_pair(pairs: Pairs, options: LossOptions) -> Tensor:
     """-log sigmoid(beta r_w) - log sigmoid(-beta r_l)"""
-    return -F.logsigmoid(options.beta * pairs.chosen_ratio) - F.logsigmoid(-options.beta * pairs.rejected_ratio)
+    return bco_side(pairs.chosen_ratio, True, options) + bco_side(pairs.rejected_ratio, False, options)
 
 
 def sppo_hard(pairs: Pairs, options: LossOptions) -> Tensor:
@@ -28,7 +28,7 @@ def sppo_hard(pairs: Pairs, options: LossOptions) -> Tensor:
 
 def apo_zero(pairs: Pairs, options: LossOptions) -> Tensor:
     """1 - sigmoid(beta r_w) + sigmoid(beta r_l)"""
-    return torch.sigmoid(-options.beta * pairs.chosen_ratio) + torch.sigmoid(options.beta * pairs.rejected_ratio)
+    return apo_zero_side(pairs.chosen_ratio, True, options) + apo_zero_side(pairs.rejected_ratio, False, options)
 
 
 def apo_down(pairs: Pairs, options: LossOptions) -> Tensor:
@@ -42,14 +42,6 @@ def kto(pairs: Pairs, options: LossOptions) -> Tensor:
     return 0.5 * (kto_side(pairs.chosen_ratio, True, options) + kto_side(pairs.rejected_ratio, False, options))
 
 
-def kto_side(ratio: Tensor, desirable: bool | Tensor, options: LossOptions) -> Tensor:
-    """1 - sigmoid(beta (r - kl)) of a desirable completion, 1 - sigmoid(beta (kl - r)) of an undesirable one; [S]"""
-    gain = options.beta * (ratio - options.kl)
-    if isinstance(desirable, Tensor):
-        return torch.sigmoid(torch.where(desirable, -gain, gain))
-    return torch.sigmoid(-gain if desirable else gain)
-
-
 def sft(pairs: Pairs, options: LossOptions) -> Tensor:
     """-log p(y_w|x), the mean over all chosen tokens of the batch"""
     return nll(pairs).expand(pairs.chosen_nll.shape)
@@ -58,3 +50,27 @@ def sft(pairs: Pairs, options: LossOptions) -> Tensor:
 def nll(pairs: Pairs) -> Tensor:
     """The NLL term of RPO, ORPO and CPO: -log p of the chosen completions, mean over all their tokens; `[]`."""
     return pairs.chosen_nll.sum() / pairs.chosen_length.sum().clamp(min=1)
+
+
+# --- one side: completions that are desirable (chosen) or not; ratio [S], desirable one bool or [S] -------------------
+
+
+def kto_side(ratio: Tensor, desirable: bool | Tensor, options: LossOptions) -> Tensor:
+    """1 - sigmoid(beta (r - kl)) if desirable, else 1 - sigmoid(beta (kl - r))"""
+    return torch.sigmoid(-_gain(options.beta * (ratio - options.kl), desirable))
+
+
+def bco_side(ratio: Tensor, desirable: bool | Tensor, options: LossOptions) -> Tensor:
+    """-log sigmoid(beta r) if desirable, else -log sigmoid(-beta r)"""
+    return -F.logsigmoid(_gain(options.beta * ratio, desirable))
+
+
+def apo_zero_side(ratio: Tensor, desirable: bool | Tensor, options: LossOptions) -> Tensor:
+    """1 - sigmoid(beta r) if desirable, else sigmoid(beta r)"""
+    return torch.sigmoid(-_gain(options.beta * ratio, desirable))
+
+
+def _gain(reward: Tensor, desirable: bool | Tensor) -> Tensor:
+    if isinstance(desirable, Tensor):
+        return torch.where(desirable, reward, -reward)
+    return reward if desirable else -reward

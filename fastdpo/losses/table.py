@@ -13,9 +13,10 @@ from torch import Tensor
 
 from .margin import aot, aot_unpaired, discopop, exo_pair, hinge, ipo, orpo, robust, sigmoid
 from .pairs import LossOptions, Pairs
-from .sides import apo_down, apo_zero, bco_pair, kto, nca_pair, sft, sppo_hard
+from .sides import apo_down, apo_zero, apo_zero_side, bco_pair, bco_side, kto, kto_side, nca_pair, sft, sppo_hard
 
 LossFunction = Callable[[Pairs, LossOptions], Tensor]  # -> [B]
+SideFunction = Callable[[Tensor, "bool | Tensor", LossOptions], Tensor]  # (log-ratio [S], desirable [S]) -> [S]
 
 # Options that not every loss uses, in groups
 REFERENCE = frozenset({"ref_logps", "parameterization"})
@@ -38,6 +39,7 @@ class Loss(NamedTuple):
     alpha: float = 0.0
     gamma: float = 0.0
     length_normalize: bool = False
+    side: SideFunction | None = None  # the same of single completions, desirable or not; None: it needs pairs
 
     def __call__(self, pairs: Pairs, options: LossOptions) -> Tensor:
         """The function itself: the loss of each pair, `[B]`."""
@@ -54,13 +56,13 @@ LOSSES: dict[str, Loss] = {
     "exo_pair": Loss(exo_pair, "EXO, arXiv 2402.00856, eq. 16", MARGIN | SMOOTHING, needs="label_smoothing"),
     "discopop": Loss(discopop, "arXiv 2406.08414, eq. 5", MARGIN | {"discopop_tau"}),
     "nca_pair": Loss(nca_pair, "NCA, arXiv 2402.05369", SEQUENCE),
-    "bco_pair": Loss(bco_pair, "BCO, arXiv 2404.04656, without its reward shift", SEQUENCE),
+    "bco_pair": Loss(bco_pair, "BCO, arXiv 2404.04656, without its reward shift", SEQUENCE, side=bco_side),
     "sppo_hard": Loss(sppo_hard, "SPPO, arXiv 2405.00675, eq. 4.7 with P = 1 and 0", SEQUENCE),
     "aot": Loss(aot, "arXiv 2406.05882", (SEQUENCE | SMOOTHING | GAMMA) - PAIRED),
     "aot_unpaired": Loss(aot_unpaired, "arXiv 2406.05882", (SEQUENCE | SMOOTHING | GAMMA) - PAIRED),
-    "apo_zero": Loss(apo_zero, "APO, arXiv 2408.06266, eq. 7", SEQUENCE),
+    "apo_zero": Loss(apo_zero, "APO, arXiv 2408.06266, eq. 7", SEQUENCE, side=apo_zero_side),
     "apo_down": Loss(apo_down, "APO, arXiv 2408.06266, eq. 8", SEQUENCE),
-    "kto": Loss(kto, "arXiv 2402.01306; chosen desirable, rejected undesirable", SEQUENCE | {"kl"}),
+    "kto": Loss(kto, "arXiv 2402.01306; chosen desirable, rejected undesirable", SEQUENCE | {"kl"}, side=kto_side),
     "cpo": Loss(sigmoid, "arXiv 2401.08417", TOKENS | PAIRED | SMOOTHING | GAMMA, alpha=1.0),
     "simpo": Loss(
         sigmoid, "arXiv 2405.14734, eq. 6", TOKENS | PAIRED | SMOOTHING | GAMMA, gamma=0.5, length_normalize=True
