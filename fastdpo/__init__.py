@@ -2,6 +2,7 @@
 
 from . import ops as _ops  # noqa: F401  registers torch.ops.fastdpo
 from .head import LinearTokenLogpsFunction, TokenLogps, TokenLogpsFunction, linear_token_logps, token_logps
+from .metrics import preference_metrics
 from .pair_kernel import DPOFunction
 from .preference import DPOLoss, LinearDPOLoss, PreferenceOutput, dpo_loss, linear_dpo_loss
 from .schedule import BetaSchedule
@@ -24,6 +25,7 @@ __all__ = [
     "linear_dpo_loss",
     "linear_token_logps",
     "linear_unpaired_loss",
+    "preference_metrics",
     "sequence_logps",
     "token_logps",
     "unpaired_loss",

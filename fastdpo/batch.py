@@ -128,7 +128,8 @@ class Reference(NamedTuple):
 
 
 def reference(ref_logps: Tensor | None, layout: Layout) -> Reference | None:
-    """Checked reference logps, detached, float32 (float64 stays).
+    """Checked reference logps, detached, float32 (float64 stays). `[2B]` are always sums: a packed batch of as many
+    tokens as sequences takes them per token as `[1, N]`.
 
     Raises:
         TypeError: not a tensor of floats.
@@ -143,7 +144,9 @@ def reference(ref_logps: Tensor | None, layout: Layout) -> Reference | None:
     ref_logps = ref_logps.detach()
     if ref_logps.shape == (sequences,):
         return Reference(torch.ops.fastdpo.constant(ref_logps, "ref_logps", None), per_token=False)
-    if ref_logps.shape != layout.labels.shape:
+    positions = layout.labels.numel()
+    per_token = ((positions,), (1, positions)) if layout.packed else (layout.labels.shape,)
+    if ref_logps.shape not in per_token:
         raise ValueError(
             f"ref_logps: expected one logp per sequence, shape [{sequences}], or per token, shaped like labels "
             f"{list(layout.labels.shape)}, got {list(ref_logps.shape)}"

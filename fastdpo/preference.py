@@ -63,7 +63,7 @@ def dpo_loss(
         labels: `[2B, T]`, or packed `[N]` or `[1, N]`; sequences 0..B-1 chosen, B..2B-1 rejected.
         ref_logps: reference logps, float, detached: sums per sequence `[2B]` in the same order (weighted as the
             policy's, if token_weights or ld_alpha weight those: `fastdpo.sequence_logps`), or per token, shaped like
-            labels (TokenLogps.logps of the reference). None: the reference-free loss.
+            labels (TokenLogps.logps of the reference; packed also `[1, N]`). None: the reference-free loss.
         beta: strength of the KL constraint, above 0: a number, one per pair (a tensor `[B]`), or a schedule, a
             callable of `step` such as `fastdpo.BetaSchedule`.
         loss_type: a name in `fastdpo.losses.LOSSES`; a callable of `(Pairs, LossOptions)` that returns `[B]`; or a

@@ -15,7 +15,7 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
-from fastdpo import demo_task, kto_kl, linear_dpo_loss, linear_token_logps, linear_unpaired_loss
+from fastdpo import demo_task, kto_kl, linear_dpo_loss, linear_token_logps, linear_unpaired_loss, preference_metrics
 from fastdpo.losses import LOSSES
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -146,6 +146,30 @@ def test_equals_trl(trainer: Any, loss_type: str | list[str], options: dict[str,
 
     # discopop's sigmoid(z / tau) multiplies the rounding of the logps by 1 / tau
     assert_same(mine.loss, my_gradients, theirs, their_gradients, 1e-4 if "discopop" in names else 2e-5)
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "bco_pair"])
+def test_metrics_equal_trl(trainer: Any, loss_type: str) -> None:
+    """All that TRL logs of a batch, but from the head's statistics."""
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.loss_types, trainer.loss_weights, trainer.beta, trainer.ld_alpha = [loss_type], [1.0], 0.3, None
+    trainer.f_divergence_type, trainer.use_weighting = "reverse_kl", False
+    trainer._metrics["train"].clear()
+    trainer._compute_loss(trainer.model, batch, False)
+    theirs = {key: values[0] for key, values in trainer._metrics["train"].items() if key != "num_tokens"}
+
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        hidden = trainer.ref_model.model(**inputs).last_hidden_state
+        ref = linear_token_logps(hidden, trainer.ref_model.lm_head.weight, labels, shift=True).logps
+        hidden, head = trainer.model.model(**inputs).last_hidden_state, trainer.model.lm_head.weight
+        stats = ("entropy", "mean_logits", "is_top1")
+        out = linear_dpo_loss(hidden, head, labels, ref, beta=0.3, loss_type=loss_type, shift=True, stats=stats)
+    mine = {key: value.item() for key, value in preference_metrics(out).items()}
+    assert {key for key in mine if not key.startswith("lengths/")} == theirs.keys()
+    for key, value in theirs.items():
+        assert mine[key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
 
 
 def assert_same(
