@@ -62,7 +62,7 @@ def unpaired_loss(
     inplace_backward: bool = False,
     backend: str = "auto",
 ) -> UnpairedOutput:
-    """KTO's loss (arXiv 2402.01306, eq. 7 and 8), or another that takes completions one by one, from logits.
+    """KTO's loss (arXiv 2402.01306), or another that takes completions one by one, from logits.
 
     Args:
         logits: padded `[S, T, V]`, or packed `[N, V]` or `[1, N, V]` with cu_seqlens `[S+1]`.
@@ -132,7 +132,7 @@ def kto_kl(logps: Tensor, ref_logps: Tensor) -> Tensor:
 
     Args:
         logps, ref_logps: `[M]` sequence logps of the policy and of the reference, of completions that belong to other
-            prompts of the batch (arXiv 2402.01306, section 4.1; TRL shifts the completions by one).
+            prompts of the batch (arXiv 2402.01306; TRL shifts the completions of the batch by one).
     """
     return (logps - ref_logps).mean().clamp(min=0).detach()
 

@@ -67,7 +67,7 @@ LOSSES: dict[str, Loss] = {
     "simpo": Loss(
         sigmoid, "arXiv 2405.14734, eq. 6", TOKENS | PAIRED | SMOOTHING | GAMMA, gamma=0.5, length_normalize=True
     ),
-    "orpo": Loss(orpo, "arXiv 2403.07691, eq. 6", TOKENS | PAIRED, alpha=1.0, length_normalize=True),
+    "orpo": Loss(orpo, "arXiv 2403.07691, eq. 6 and 7", TOKENS | PAIRED, alpha=1.0, length_normalize=True),
     "sft": Loss(sft, "", PAIRED),
 }
 
