@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import pair_kernel
 from .batch import IGNORE_INDEX, Layout, Reference, make_layout, reference
 from .head import TokenLogps, linear_token_logps, token_logps
-from .losses.keywords import DEFAULTS, PER_BATCH, Beta, LossKeywords, LossType, check_keywords
+from .losses.keywords import DEFAULTS, PER_BATCH, Beta, LossKeywords, LossType, beta_at, check_keywords
 from .losses.recipe import Recipe, Sequences, make_recipe
 from .losses.table import did_you_mean
 from .options import head_options
@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 class PreferenceOutput(NamedTuple):
     """What a preference loss returns. All but `loss` and `stats.logps` / `stats.entropy` are detached.
 
-    Logps and rewards are per token where the loss compares means over tokens (ipo, sigmoid_norm, simpo, orpo, and any
-    loss with length_normalize). `fastdpo.preference_metrics` makes the usual metrics of it.
+    Logps and rewards are as the loss compares them: sums over tokens, weighted by token_weights and ld_alpha, or means
+    (ipo, sigmoid_norm, simpo, orpo, and any loss with length_normalize). `fastdpo.preference_metrics` makes the usual
+    metrics of it.
     """
 
     loss: Tensor  # [], mean over pairs; [len(betas)] with betas
@@ -265,8 +266,7 @@ def _check_keywords(function: Callable[..., Any], keywords: dict[str, Any]) -> N
     _check_known(function, options)
     values = defaults | keywords
     beta, loss_type, label_smoothing = (values.pop(name) for name in ("beta", "loss_type", "label_smoothing"))
-    if callable(beta) and not isinstance(beta, Tensor) and "step" not in keywords:
-        beta = beta(0)  # the step comes at the call
+    beta = beta_at(beta, keywords.get("step", 0))  # the step may come at the call
     check_keywords(beta, loss_type, label_smoothing, cast(LossKeywords, options))
     head_options(**{name: values[name] for name in defaults if name in values})
 

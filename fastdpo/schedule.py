@@ -15,6 +15,7 @@ class BetaSchedule:
     """beta from `start` at step 0 to `end` at step `steps` and from there on: `BetaSchedule(0.3, 0.05, 1000)(step)`.
 
     `dpo_loss(..., beta=schedule, step=step)`, `FastDPOTrainer.beta_schedule`; any callable of the step will do as well.
+    In a function under torch.compile, pass it `schedule(step)`: a cosine of a symbolic step cannot be traced.
 
     Args:
         start, end: above 0.

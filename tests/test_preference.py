@@ -108,6 +108,11 @@ def test_value_and_gradient(backend: str, referenced: bool, pairs: int) -> None:
     torch.testing.assert_close(from_logits.loss, out.loss, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(bare, from_logits.loss)
     torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (bare, from_logits.loss)))
+    per_token = -5 * torch.rand(labels.shape)
+    bare, from_logits = fastdpo.DPOFunction.apply(logits, labels, per_token), dpo_loss(logits, labels, per_token)
+    torch.testing.assert_close(bare, from_logits.loss)
+    counted = dpo_loss(logits, labels, (per_token * (labels != -100)).sum(1), backend=backend)
+    torch.testing.assert_close(from_logits.loss, counted.loss, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("loss_type", list(LOSSES))

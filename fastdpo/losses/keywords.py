@@ -90,8 +90,21 @@ def find_losses(loss_type: LossType) -> tuple[Loss, ...]:
     return (find_loss(cast("str | LossFunction", loss_type)),)
 
 
+def beta_at(beta: Beta, step: int | None) -> float | Tensor:
+    """The beta of this step, where it is a schedule; else itself.
+
+    Raises:
+        TypeError: a schedule without a step.
+    """
+    if isinstance(beta, Tensor) or not callable(beta):
+        return beta
+    if not isinstance(step, int) or isinstance(step, bool):
+        raise TypeError(f"step: beta is a schedule, which needs the step as an int, got {step!r}")
+    return beta(step)
+
+
 def check_keywords(
-    beta: Beta, loss_type: LossType, label_smoothing: float, keywords: LossKeywords
+    beta: float | Tensor, loss_type: LossType, label_smoothing: float, keywords: LossKeywords
 ) -> tuple[tuple[Loss, ...], dict[str, Any]]:
     """The rows of loss_type, and every keyword with its default.
 
@@ -125,8 +138,9 @@ def check_keywords(
     return rows, values
 
 
-def _check_values(beta: Beta, label_smoothing: float, values: dict[str, Any]) -> None:
-    _check_beta(beta, values["step"])
+def _check_values(beta: float | Tensor, label_smoothing: float, values: dict[str, Any]) -> None:
+    if not isinstance(beta, Tensor):  # its values: with the batch
+        check_number("beta", beta, above=0)
     check_number("label_smoothing", label_smoothing)
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing: expected a number in [0, 0.5), got {label_smoothing!r}")
@@ -159,16 +173,6 @@ def _check_values(beta: Beta, label_smoothing: float, values: dict[str, Any]) ->
                 check_number(name, number, above=0 if name == "betas" else -INFINITY)
     if values["betas"] is not None and (isinstance(beta, Tensor) or beta != LossOptions().beta):
         raise ValueError(f"betas: expected beta or betas, got both (beta={beta!r})")
-
-
-def _check_beta(beta: Beta, step: int | None) -> None:
-    if isinstance(beta, Tensor):
-        return  # its values: with the batch
-    if callable(beta):
-        if not isinstance(step, int) or isinstance(step, bool):
-            raise TypeError(f"step: beta is a schedule, which needs the step as an int, got {step!r}")
-        beta = beta(step)
-    check_number("beta", beta, above=0)
 
 
 def _differs(value: Any, default: Any) -> bool:

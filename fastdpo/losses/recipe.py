@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..batch import constant
 from .divergences import F_DIVERGENCES
-from .keywords import Beta, LossKeywords, LossType, check_keywords
+from .keywords import Beta, LossKeywords, LossType, beta_at, check_keywords
 from .pairs import LossOptions, Pairs
 from .sides import nll
 from .table import Loss
@@ -60,17 +60,16 @@ class Recipe(NamedTuple):
 
     def on(self, pairs: int, like: Tensor) -> Recipe:
         """The same with the per-pair tensors checked, and on the device and of the dtype of `like`."""
-
-        def per_pair(name: str, value: float | Tensor | None, above: float | None = None, each: bool = True) -> Tensor:
-            return constant(name, value, ([pairs], []) if each else ([],), like, above)  # type: ignore[arg-type]
-
-        options = self.options
+        options, gamma, weights = self.options, self.gamma, self.pair_weights
+        per_pair: tuple[list[int], ...] = ([pairs], [])
         if isinstance(options.beta, Tensor):
-            options = options._replace(beta=per_pair("beta", options.beta, above=0))
+            options = options._replace(beta=constant("beta", options.beta, per_pair, like, above=0))
         if isinstance(options.kl, Tensor):
-            options = options._replace(kl=per_pair("kl", options.kl, each=False))
-        gamma = per_pair("gamma", self.gamma) if isinstance(self.gamma, Tensor) else self.gamma
-        weights = None if self.pair_weights is None else constant("pair_weights", self.pair_weights, ([pairs],), like)
+            options = options._replace(kl=constant("kl", options.kl, ([],), like))
+        if isinstance(gamma, Tensor):
+            gamma = constant("gamma", gamma, per_pair, like)
+        if weights is not None:
+            weights = constant("pair_weights", weights, ([pairs],), like)
         return self._replace(options=options, gamma=gamma, pair_weights=weights)
 
     def rewards(self, ratios: Tensor) -> Tensor:
@@ -111,9 +110,8 @@ class Recipe(NamedTuple):
 
 def make_recipe(beta: Beta, loss_type: LossType, label_smoothing: float, keywords: LossKeywords) -> Recipe:
     """Check the keywords (errors: `check_keywords`) and put them together."""
+    beta = beta_at(beta, keywords.get("step"))
     losses, values = check_keywords(beta, loss_type, label_smoothing, keywords)
-    if not isinstance(beta, Tensor) and callable(beta):
-        beta = beta(values["step"])
     alpha, weights = values["alpha"], tuple(values["loss_weights"])
     if alpha is None:
         alpha = sum(weight * row.alpha for weight, row in zip(weights, losses, strict=True))
