@@ -2,10 +2,16 @@
 
 from . import ops as _ops  # noqa: F401  registers torch.ops.fastdpo
 from .head import LinearTokenLogpsFunction, TokenLogps, TokenLogpsFunction, linear_token_logps, token_logps
-from .preference import DPOFunction, DPOLoss, LinearDPOLoss, PreferenceOutput, dpo_loss, linear_dpo_loss
+from .metrics import preference_metrics
+from .pair_kernel import DPOFunction
+from .preference import DPOLoss, LinearDPOLoss, PreferenceOutput, dpo_loss, linear_dpo_loss
+from .schedule import BetaSchedule
+from .sequences import sequence_logps
+from .unpaired import UnpairedOutput, kto_kl, linear_unpaired_loss, unpaired_loss
 
 __version__ = "0.1.0"
 __all__ = [
+    "BetaSchedule",
     "DPOFunction",
     "DPOLoss",
     "LinearDPOLoss",
@@ -13,8 +19,14 @@ __all__ = [
     "PreferenceOutput",
     "TokenLogps",
     "TokenLogpsFunction",
+    "UnpairedOutput",
     "dpo_loss",
+    "kto_kl",
     "linear_dpo_loss",
     "linear_token_logps",
+    "linear_unpaired_loss",
+    "preference_metrics",
+    "sequence_logps",
     "token_logps",
+    "unpaired_loss",
 ]

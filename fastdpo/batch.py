@@ -9,6 +9,9 @@ The checks that look at values are inside torch ops (below), so that torch.compi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -16,6 +19,40 @@ from .inputs import check_tensor, result_dtype
 
 IGNORE_INDEX = -100
 IGNORED = -1  # what kernels read in place of ignore_index
+
+
+class Layout(NamedTuple):
+    """Where the sequences of a batch lie, and which positions count."""
+
+    labels: Tensor  # aligned: labels[..., t] is the target of row t; [2B, T], or packed [N] or [1, N]
+    bounds: Tensor  # int64 [2B+1]
+    ignore_index: int
+    packed: bool
+    shifted: bool  # by make_layout
+
+    @property
+    def sequences(self) -> int:
+        return self.bounds.shape[0] - 1
+
+    @property
+    def counted(self) -> Tensor:
+        """bool `[N]`"""
+        return self.labels.reshape(-1) != self.ignore_index
+
+
+def make_layout(
+    labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int = IGNORE_INDEX, shift: bool = False, pairs: bool = True
+) -> Layout:
+    """The layout of a padded (`cu_seqlens=None`) or packed batch; with shift, the labels aligned with their rows.
+
+    Raises:
+        ValueError, TypeError: as `sequence_bounds`.
+    """
+    bounds = sequence_bounds(labels, cu_seqlens, pairs)
+    packed = cu_seqlens is not None
+    if shift:
+        labels = shift_labels(labels, ignore_index, bounds if packed else None)
+    return Layout(labels, bounds, ignore_index, packed, shift)
 
 
 def shift_labels(labels: Tensor, ignore_index: int = IGNORE_INDEX, bounds: Tensor | None = None) -> Tensor:
@@ -50,12 +87,12 @@ def flat_targets(labels: Tensor, vocab: int, ignore_index: int = IGNORE_INDEX, s
     return torch.ops.fastdpo.targets(labels.reshape(-1), vocab, ignore_index)
 
 
-def sequence_bounds(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+def sequence_bounds(labels: Tensor, cu_seqlens: Tensor | None, pairs: bool = True) -> Tensor:
     """The bounds, int64 `[2B+1]`, of a padded `[2B, T]` batch (`cu_seqlens=None`) or of a packed one.
 
     Raises:
-        ValueError: labels of the wrong shape; an odd number of sequences; cu_seqlens that does not start at 0, end
-            at N and rise.
+        ValueError: labels of the wrong shape; with pairs, an odd number of sequences; cu_seqlens that does not start
+            at 0, end at N and rise.
         TypeError: cu_seqlens is not an integer tensor.
     """
     check_tensor("labels", labels, floats=False)
@@ -63,7 +100,8 @@ def sequence_bounds(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         if labels.dim() != 2:
             raise ValueError(f"labels: expected [2B, T] (or packed with cu_seqlens), got shape {list(labels.shape)}")
         sequences, length = labels.shape
-        _even("labels", sequences)
+        if pairs:
+            _even("labels", sequences)
         return torch.arange(sequences + 1, device=labels.device) * length
     if labels.dim() != 1 and not (labels.dim() == 2 and labels.shape[0] == 1):
         raise ValueError(f"labels: expected packed [N] or [1, N] with cu_seqlens, got shape {list(labels.shape)}")
@@ -72,7 +110,8 @@ def sequence_bounds(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         raise TypeError(f"cu_seqlens: expected an int32 tensor, got {cu_seqlens.dtype}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"cu_seqlens: expected shape [2B+1], got {list(cu_seqlens.shape)}")
-    _even("cu_seqlens", cu_seqlens.shape[0] - 1)
+    if pairs:
+        _even("cu_seqlens", cu_seqlens.shape[0] - 1)
     return torch.ops.fastdpo.bounds(cu_seqlens.to(labels.device), labels.numel())
 
 
@@ -83,23 +122,56 @@ def _even(name: str, sequences: int) -> None:
         )
 
 
-def reference(ref_logps: Tensor | None, sequences: int) -> Tensor | None:
-    """Checked reference logps `[2B]`, detached, float32 (float64 stays).
+class Reference(NamedTuple):
+    logps: Tensor  # per sequence [2B], or per token [N], 0 where ignored
+    per_token: bool
+
+
+def reference(ref_logps: Tensor | None, layout: Layout) -> Reference | None:
+    """Checked reference logps, detached, float32 (float64 stays). `[2B]` are always sums: a packed batch of as many
+    tokens as sequences takes them per token as `[1, N]`.
 
     Raises:
         TypeError: not a tensor of floats.
-        ValueError: another shape than [2B], or NaN or infinity in it.
+        ValueError: another shape than [2B] or that of labels, or NaN or infinity where it counts.
     """
     if ref_logps is None:
         return None
+    sequences = layout.sequences
     if not isinstance(ref_logps, Tensor) or not ref_logps.is_floating_point():
         kind = ref_logps.dtype if isinstance(ref_logps, Tensor) else type(ref_logps).__name__
         raise TypeError(f"ref_logps: expected a float32 tensor [{sequences}], got {kind}")
-    if ref_logps.shape != (sequences,):
+    ref_logps = ref_logps.detach()
+    if ref_logps.shape == (sequences,):
+        return Reference(torch.ops.fastdpo.constant(ref_logps, "ref_logps", None), per_token=False)
+    positions = layout.labels.numel()
+    per_token = ((positions,), (1, positions)) if layout.packed else (layout.labels.shape,)
+    if ref_logps.shape not in per_token:
         raise ValueError(
-            f"ref_logps: expected one sequence logp per sequence, shape [{sequences}], got {list(ref_logps.shape)}"
+            f"ref_logps: expected one logp per sequence, shape [{sequences}], or per token, shaped like labels "
+            f"{list(layout.labels.shape)}, got {list(ref_logps.shape)}"
         )
-    return torch.ops.fastdpo.reference(ref_logps.detach())
+    flat = torch.where(layout.counted, ref_logps.reshape(-1).to(layout.labels.device), 0.0)
+    return Reference(torch.ops.fastdpo.constant(flat, "ref_logps", None), per_token=True)
+
+
+def constant(
+    name: str, value: Tensor, shapes: Sequence[Sequence[int]], like: Tensor, above: float | None = None
+) -> Tensor:
+    """A checked tensor that gets no gradient, on the device and of the dtype of `like`.
+
+    Raises:
+        TypeError: not a tensor of floats.
+        ValueError: a shape that is not among `shapes`; it requires a gradient; a value that is not finite or not
+            greater than `above`.
+    """
+    check_tensor(name, value)
+    if list(value.shape) not in [list(shape) for shape in shapes]:
+        expected = " or ".join(str(list(shape)) for shape in shapes)
+        raise ValueError(f"{name}: expected shape {expected}, got {list(value.shape)}")
+    if value.requires_grad:
+        raise ValueError(f"{name}: expected a constant, got a tensor that requires a gradient; detach() it")
+    return torch.ops.fastdpo.constant(value, name, above).to(like.device, like.dtype)
 
 
 # --- ops: what must look at values -----------------------------------------------------------------------------------
@@ -146,17 +218,16 @@ def _(cu_seqlens: Tensor, positions: int) -> Tensor:
     return torch.empty_like(cu_seqlens, dtype=torch.int64)
 
 
-@torch.library.custom_op("fastdpo::reference", mutates_args=())
-def _reference(ref_logps: Tensor) -> Tensor:
-    finite = ref_logps.isfinite()
-    if not _capturing(ref_logps) and not bool(finite.all()):
-        position = int((~finite).nonzero()[0])
-        raise ValueError(
-            f"ref_logps: expected finite numbers, got {float(ref_logps[position])} for sequence {position}"
-        )
-    return ref_logps.to(result_dtype(ref_logps.dtype), copy=True)
+@torch.library.custom_op("fastdpo::constant", mutates_args=())
+def _constant(values: Tensor, name: str, above: float | None) -> Tensor:
+    good = values.isfinite() if above is None else values.isfinite() & (values > above)
+    if not _capturing(values) and not bool(good.all()):
+        position = (~good).nonzero()[0].tolist()
+        bound = "" if above is None else f" above {above:g}"
+        raise ValueError(f"{name}: expected finite numbers{bound}, got {float(values[tuple(position)])} at {position}")
+    return values.to(result_dtype(values.dtype), copy=True)
 
 
-@_reference.register_fake
-def _(ref_logps: Tensor) -> Tensor:
-    return torch.empty_like(ref_logps, dtype=result_dtype(ref_logps.dtype))
+@_constant.register_fake
+def _(values: Tensor, name: str, above: float | None) -> Tensor:
+    return torch.empty_like(values, dtype=result_dtype(values.dtype))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 from .batch import IGNORE_INDEX
 
@@ -34,6 +34,17 @@ class HeadOptions(NamedTuple):
     inplace_backward: bool = False
     grad_tol: float | None = None  # None: "auto"
     workspace_mb: float = 256.0
+
+
+class HeadKeywords(TypedDict, total=False):
+    """The keywords of `linear_token_logps` that a loss passes on to it as they are."""
+
+    temperature: float
+    softcap: float | None
+    logit_scale: float
+    stats: Sequence[str]
+    grad_tol: float | str
+    workspace_mb: float
 
 
 def head_options(
@@ -95,3 +106,10 @@ def check_number(name: str, value: object, above: float = -INFINITY, hint: str =
     if not above < value < INFINITY:
         bound = f" above {above:g}" if above > -INFINITY else ""
         raise ValueError(f"{name}: expected a finite number{bound}, got {value!r}{hint}")
+
+
+def check_within(name: str, value: object, low: float, high: float) -> None:
+    """Raise for anything but a finite Python number in [low, high]."""
+    check_number(name, value)
+    if not low <= value <= high:  # type: ignore[operator]
+        raise ValueError(f"{name}: expected a number in [{low:g}, {high:g}], got {value!r}")

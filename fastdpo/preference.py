@@ -1,30 +1,41 @@
-"""A pair batch to its loss: labels and layout (batch.py) -> token logps (head.py) -> loss (losses.py)."""
+"""A pair batch to its loss: labels and layout (batch.py) -> token logps (head.py) -> loss (losses/)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
 
-from .batch import IGNORE_INDEX, flat_targets, reference, sequence_bounds, shift_labels
-from .head import TokenLogps, first_order, linear_token_logps, token_logps
-from .inputs import as_rows
-from .losses import LOSSES, LossOptions, Pairs, check_loss
-from .options import HeadOptions, head_options
+from . import pair_kernel
+from .batch import IGNORE_INDEX, Layout, Reference, make_layout, reference
+from .head import TokenLogps, linear_token_logps, token_logps
+from .losses.keywords import DEFAULTS, PER_BATCH, Beta, LossKeywords, LossType, beta_at, check_keywords
+from .losses.recipe import Recipe, Sequences, make_recipe
+from .losses.table import did_you_mean
+from .options import head_options
+from .sequences import lengths, position_weights, reference_sums, sequence_sums
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class PreferenceOutput(NamedTuple):
-    """What a preference loss returns. All but `loss` and `stats.logps` / `stats.entropy` are detached."""
+    """What a preference loss returns. All but `loss` and `stats.logps` / `stats.entropy` are detached.
 
-    loss: Tensor  # [], mean over pairs
+    Logps and rewards are as the loss compares them: sums over tokens, weighted by token_weights and ld_alpha, or means
+    (ipo, sigmoid_norm, simpo, orpo, and any loss with length_normalize). `fastdpo.preference_metrics` makes the usual
+    metrics of it.
+    """
+
+    loss: Tensor  # [], mean over pairs; [len(betas)] with betas
     chosen_logps: Tensor  # [B] sequence logps
     rejected_logps: Tensor  # [B]
-    chosen_rewards: Tensor  # [B] beta * (chosen_logps - reference)
-    rejected_rewards: Tensor  # [B]
+    chosen_rewards: Tensor  # [B] beta * (chosen_logps - reference); [len(betas), B] with betas
+    rejected_rewards: Tensor
     stats: TokenLogps  # per token, shaped like labels
+    layout: Layout  # labels as aligned with the stats, and where the sequences lie
 
 
 def dpo_loss(
@@ -32,8 +43,8 @@ def dpo_loss(
     labels: Tensor,
     ref_logps: Tensor | None = None,
     *,
-    beta: float = 0.1,
-    loss_type: str = "sigmoid",
+    beta: Beta = 0.1,
+    loss_type: LossType = "sigmoid",
     label_smoothing: float = 0.0,
     cu_seqlens: Tensor | None = None,
     ignore_index: int = IGNORE_INDEX,
@@ -44,38 +55,46 @@ def dpo_loss(
     stats: Sequence[str] = (),
     inplace_backward: bool = False,
     backend: str = "auto",
+    **options: Unpack[LossKeywords],
 ) -> PreferenceOutput:
-    """DPO loss (arXiv 2305.18290, eq. 7) from logits.
+    """A preference loss from logits; by default DPO's (arXiv 2305.18290, eq. 7).
 
     Args:
         logits: padded `[2B, T, V]`, or packed `[N, V]` or `[1, N, V]` with cu_seqlens.
         labels: `[2B, T]`, or packed `[N]` or `[1, N]`; sequences 0..B-1 chosen, B..2B-1 rejected.
-        ref_logps: reference sequence logps, float `[2B]` in the same order, detached; None: the reference-free loss.
-        beta: strength of the KL constraint, above 0.
-        loss_type: a name in `fastdpo.losses.LOSSES`.
-        label_smoothing: probability that a preference is noise, in [0, 0.5) (cDPO).
+        ref_logps: reference logps, float, detached: sums per sequence `[2B]` in the same order (weighted as the
+            policy's, if token_weights or ld_alpha weight those: `fastdpo.sequence_logps`), or per token, shaped like
+            labels (TokenLogps.logps of the reference; packed also `[1, N]`). None: the reference-free loss.
+        beta: strength of the KL constraint, above 0: a number, one per pair (a tensor `[B]`), or a schedule, a
+            callable of `step` such as `fastdpo.BetaSchedule`.
+        loss_type: a name in `fastdpo.losses.LOSSES`; a callable of `(Pairs, LossOptions)` that returns `[B]`; or a
+            list of these, whose sum weighted by `loss_weights` is the loss.
+        label_smoothing: probability that a preference is noise, in [0, 0.5); in sigmoid, cDPO's.
         cu_seqlens: int32 `[2B+1]`, the packed batch's boundaries: starts at 0, ends at N.
+        options: `fastdpo.losses.LossKeywords`, which documents them.
         The other keywords: `token_logps`. With shift and cu_seqlens, no sequence predicts into the next.
 
     Raises:
-        TypeError, ValueError: as `token_logps`; an odd batch; ref_logps of another shape or not finite; cu_seqlens
-            that does not start at 0, end at N and rise; an unknown loss; an option that the loss does not use.
+        TypeError, ValueError: as `token_logps`; an odd batch; ref_logps of another shape or not finite, or given to a
+            loss without a reference; cu_seqlens that does not start at 0, end at N and rise; an unknown loss or
+            option; an option that the loss does not use.
     """
-    options = LossOptions(beta, label_smoothing)
-    check_loss(loss_type, options)
-    labels, bounds, ref = _layout(labels, ref_logps, cu_seqlens, ignore_index, shift)
+    _check_known(dpo_loss, options)
+    recipe = make_recipe(beta, loss_type, label_smoothing, options)
+    layout = make_layout(labels, cu_seqlens, ignore_index, shift)
+    ref = _reference(ref_logps, layout, recipe)
     tokens = token_logps(
         logits,
-        labels,
+        layout.labels,
         ignore_index=ignore_index,
         temperature=temperature,
         softcap=softcap,
         logit_scale=logit_scale,
-        stats=stats,
+        stats=_with_needed(stats, recipe),
         inplace_backward=inplace_backward,
         backend=backend,
     )
-    return _preference(tokens, labels, bounds, ref, loss_type, options, ignore_index, backend)
+    return _preference(tokens, layout, ref, recipe, backend)
 
 
 def linear_dpo_loss(
@@ -84,8 +103,8 @@ def linear_dpo_loss(
     labels: Tensor,
     ref_logps: Tensor | None = None,
     *,
-    beta: float = 0.1,
-    loss_type: str = "sigmoid",
+    beta: Beta = 0.1,
+    loss_type: LossType = "sigmoid",
     label_smoothing: float = 0.0,
     cu_seqlens: Tensor | None = None,
     bias: Tensor | None = None,
@@ -98,29 +117,31 @@ def linear_dpo_loss(
     grad_tol: float | str = "auto",
     workspace_mb: float = 256,
     backend: str = "auto",
+    **options: Unpack[LossKeywords],
 ) -> PreferenceOutput:
-    """DPO loss from hidden states: hidden padded `[2B, T, H]`, or packed `[N, H]` or `[1, N, H]`; weight `[V, H]`.
+    """A preference loss from hidden states: padded `[2B, T, H]`, or packed `[N, H]` or `[1, N, H]`; weight `[V, H]`.
 
     The other arguments and errors: `dpo_loss` and `linear_token_logps`.
     """
-    options = LossOptions(beta, label_smoothing)
-    check_loss(loss_type, options)
-    labels, bounds, ref = _layout(labels, ref_logps, cu_seqlens, ignore_index, shift)
+    _check_known(linear_dpo_loss, options)
+    recipe = make_recipe(beta, loss_type, label_smoothing, options)
+    layout = make_layout(labels, cu_seqlens, ignore_index, shift)
+    ref = _reference(ref_logps, layout, recipe)
     tokens = linear_token_logps(
         hidden,
         weight,
-        labels,
+        layout.labels,
         bias=bias,
         ignore_index=ignore_index,
         temperature=temperature,
         softcap=softcap,
         logit_scale=logit_scale,
-        stats=stats,
+        stats=_with_needed(stats, recipe),
         grad_tol=grad_tol,
         workspace_mb=workspace_mb,
         backend=backend,
     )
-    return _preference(tokens, labels, bounds, ref, loss_type, options, ignore_index, backend)
+    return _preference(tokens, layout, ref, recipe, backend)
 
 
 class DPOLoss(nn.Module):
@@ -132,10 +153,16 @@ class DPOLoss(nn.Module):
         self.keywords = keywords
 
     def forward(
-        self, logits: Tensor, labels: Tensor, ref_logps: Tensor | None = None, *, cu_seqlens: Tensor | None = None
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        ref_logps: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        **per_batch: Any,
     ) -> PreferenceOutput:
-        """See `dpo_loss`."""
-        return dpo_loss(logits, labels, ref_logps, cu_seqlens=cu_seqlens, **self.keywords)
+        """See `dpo_loss`. per_batch: beta, gamma, kl, token_weights, pair_weights and step may come with the batch."""
+        return dpo_loss(logits, labels, ref_logps, cu_seqlens=cu_seqlens, **_at_call(self.keywords, per_batch))
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in self.keywords.items())
@@ -158,133 +185,98 @@ class LinearDPOLoss(DPOLoss):
         *,
         bias: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        **per_batch: Any,
     ) -> PreferenceOutput:
-        """See `linear_dpo_loss`."""
-        return linear_dpo_loss(hidden, weight, labels, ref_logps, bias=bias, cu_seqlens=cu_seqlens, **self.keywords)
-
-
-class DPOFunction(Function):
-    """`DPOFunction.apply(logits, labels, ref_logps, beta) -> loss`: loss and gradient straight from logits.
-
-    The bare drop-in for a padded batch, with the defaults of `dpo_loss`: logits `[2B, T, V]`, labels `[2B, T]`,
-    ref_logps `[2B]` or None.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, ref_logps: Tensor | None = None, beta: float = 0.1) -> Tensor:
-        check_loss("sigmoid", LossOptions(beta))
-        options = HeadOptions()
-        rows = as_rows(logits, labels)
-        bounds = sequence_bounds(labels, None)
-        ref = reference(ref_logps, labels.shape[0])
-        targets = flat_targets(labels, logits.shape[-1])
-        logps, lse = torch.ops.fastdpo.row_forward(rows, targets, *options.transform, [], options.backend)
-        ref = None if ref is None else ref.to(logps.device, logps.dtype)
-        loss, _, slope = torch.ops.fastdpo.pair_sigmoid(logps, bounds, ref, beta, 0.0, options.backend)
-        ctx.save_for_backward(rows, targets, logps, lse, slope)
-        ctx.options, ctx.shape = options, logits.shape
-        return loss
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, targets, logps, lse, slope = ctx.saved_tensors
-        # d loss / d logp[i] = slope of its sequence
-        per_token = (grad * slope)[:, None].expand(-1, ctx.shape[1]).reshape(-1).contiguous()
-        out = torch.ops.fastdpo.row_backward(
-            rows, targets, logps, lse, None, per_token, None, *ctx.options.transform, ctx.options.backend
-        )
-        return out.view(ctx.shape), None, None, None
+        """See `linear_dpo_loss`, and `DPOLoss.forward` for per_batch."""
+        keywords = _at_call(self.keywords, per_batch)
+        return linear_dpo_loss(hidden, weight, labels, ref_logps, bias=bias, cu_seqlens=cu_seqlens, **keywords)
 
 
 # --- token logps -> loss ---------------------------------------------------------------------------------------------
 
 
-class _SequenceSums(Function):
-    """values `[N]`, bounds `[S+1]` -> sums `[S]`"""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, bounds: Tensor, backend: str) -> Tensor:
-        ctx.save_for_backward(bounds)
-        ctx.positions = values.shape[0]
-        return torch.ops.fastdpo.sequence_sums(values, bounds, backend)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (bounds,) = ctx.saved_tensors
-        return _spread(grad, bounds, ctx.positions), None, None
+def _reference(ref_logps: Tensor | None, layout: Layout, recipe: Recipe) -> Reference | None:
+    recipe.check_reference(ref_logps is not None)
+    return reference(ref_logps, layout)
 
 
-class _PairSigmoid(Function):
-    """logps `[N]` -> loss `[]`, sequence logps `[2B]` (no gradient): sums, loss and slope in one launch."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, logps: Tensor, bounds: Tensor, ref: Tensor | None, options: LossOptions, backend: str
-    ) -> tuple[Tensor, Tensor]:
-        loss, sums, slope = torch.ops.fastdpo.pair_sigmoid(logps, bounds, ref, *options, backend)
-        ctx.save_for_backward(bounds, slope)
-        ctx.positions = logps.shape[0]
-        ctx.mark_non_differentiable(sums)
-        return loss, sums
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        bounds, slope = ctx.saved_tensors
-        return _spread(grad * slope, bounds, ctx.positions), None, None, None, None
-
-
-def _spread(values: Tensor, bounds: Tensor, positions: int) -> Tensor:
-    """values `[S]` -> `[N]`: each position gets its sequence's value."""
-    return torch.repeat_interleave(values, bounds.diff(), output_size=positions)
-
-
-def _layout(
-    labels: Tensor, ref_logps: Tensor | None, cu_seqlens: Tensor | None, ignore_index: int, shift: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(labels aligned with their rows, bounds `[2B+1]`, checked reference `[2B]`)"""
-    bounds = sequence_bounds(labels, cu_seqlens)
-    ref = reference(ref_logps, bounds.shape[0] - 1)
-    if shift:
-        labels = shift_labels(labels, ignore_index, None if cu_seqlens is None else bounds)
-    return labels, bounds, ref
+def _with_needed(stats: Sequence[str], recipe: Recipe) -> Sequence[str]:
+    """The stats, with what WPO's weights are made of."""
+    if recipe.use_weighting and isinstance(stats, (tuple, list)):
+        return (*stats, "log_sum_sq_probs")
+    return stats
 
 
 def _preference(
-    tokens: TokenLogps,
-    labels: Tensor,
-    bounds: Tensor,
-    ref: Tensor | None,
-    loss_type: str,
-    options: LossOptions,
-    ignore_index: int,
-    backend: str,
+    tokens: TokenLogps, layout: Layout, ref_logps: Reference | None, recipe: Recipe, backend: str
 ) -> PreferenceOutput:
-    logps = tokens.logps.reshape(-1)
-    ref = None if ref is None else ref.to(logps.device, logps.dtype)
-    if loss_type == "sigmoid":
-        loss, sums = _PairSigmoid.apply(logps, bounds, ref, options, backend)
+    logps, bounds = tokens.logps.reshape(-1), layout.bounds
+    pairs = layout.sequences // 2
+    recipe = recipe.on(pairs, logps)
+    if pair_kernel.fits(recipe):
+        ref = reference_sums(ref_logps, layout, logps, None, backend)
+        beta, smoothing = cast(float, recipe.options.beta), recipe.options.label_smoothing
+        loss, sums = pair_kernel.PairSigmoid.apply(logps, bounds, ref, beta, smoothing, backend)
     else:
-        sums = _SequenceSums.apply(logps, bounds, backend)
-        counted = (labels.reshape(-1) != ignore_index).to(logps.dtype)
-        lengths = torch.ops.fastdpo.sequence_sums(counted, bounds, backend)
-        losses = LOSSES[loss_type](Pairs.split(sums, ref, lengths), options)
-        loss = losses.sum() / max(1, losses.shape[0])
+        weights = position_weights(layout, logps, recipe.token_weights, recipe.ld_alpha, backend)
+        plain = sequence_sums(logps, bounds, backend)
+        sums = plain if weights is None else sequence_sums(logps * weights, bounds, backend)
+        ref = reference_sums(ref_logps, layout, logps, weights, backend)
+        counts = lengths(layout, logps, backend)
+        pair_weights = recipe.pair_weights
+        if recipe.use_weighting:
+            policy_weights = _policy_weights(tokens, counts, bounds, backend)
+            pair_weights = policy_weights if pair_weights is None else pair_weights * policy_weights
+        loss = recipe.loss(Sequences(sums, ref, counts, -plain), pair_weights)
+        if recipe.averages:
+            per_token = 1 / counts.clamp(min=1)
+            sums, ref = sums * per_token, None if ref is None else ref * per_token
     sums = sums.detach()
-    rewards = options.beta * (sums if ref is None else sums - ref)
-    pairs = sums.shape[0] // 2
-    return PreferenceOutput(loss, sums[:pairs], sums[pairs:], rewards[:pairs], rewards[pairs:], tokens)
+    ratios = sums if ref is None else sums - ref
+    chosen_rewards, rejected_rewards = (recipe.rewards(ratio) for ratio in (ratios[:pairs], ratios[pairs:]))
+    return PreferenceOutput(loss, sums[:pairs], sums[pairs:], chosen_rewards, rejected_rewards, tokens, layout)
 
 
-def _check_keywords(function: Any, keywords: dict[str, Any]) -> None:
-    """Raise at construction for what would raise at the call: unknown keywords and bad values."""
-    known = set(function.__kwdefaults__) - {"bias", "cu_seqlens"}
-    unknown = sorted(set(keywords) - known)
-    if unknown:
-        raise TypeError(
-            f"{unknown[0]}: not a keyword of {function.__name__}; expected some of {', '.join(sorted(known))}"
-        )
-    keywords = function.__kwdefaults__ | keywords
-    check_loss(keywords["loss_type"], LossOptions(keywords["beta"], keywords["label_smoothing"]))
-    head_options(**{name: keywords[name] for name in known - {"beta", "loss_type", "label_smoothing"}})
+def _policy_weights(tokens: TokenLogps, counts: Tensor, bounds: Tensor, backend: str) -> Tensor:
+    """WPO's weight of each pair, `[B]`, a constant (arXiv 2406.11827, eq. 2, and its alignment by sum_v p_v^2)."""
+    assert tokens.log_sum_sq_probs is not None
+    aligned = (tokens.logps.detach() - tokens.log_sum_sq_probs).reshape(-1)
+    chosen, rejected = (torch.ops.fastdpo.sequence_sums(aligned, bounds, backend) / counts.clamp(min=1)).chunk(2)
+    return torch.exp(chosen) * torch.exp(rejected)
+
+
+# --- keywords --------------------------------------------------------------------------------------------------------
+
+
+def _check_known(function: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Raise TypeError for a keyword that the function does not have."""
+    for name in options:
+        if name not in DEFAULTS:
+            known = sorted(set(_defaults(function)) | set(DEFAULTS))
+            raise TypeError(
+                f"{name}: not a keyword of {function.__name__}{did_you_mean(name, known)}; "
+                f"expected some of {', '.join(known)}"
+            )
+
+
+def _check_keywords(function: Callable[..., Any], keywords: dict[str, Any]) -> None:
+    """Raise at a module's construction for what would raise at the call: unknown keywords and bad values."""
+    defaults = {name: value for name, value in _defaults(function).items() if name not in ("bias", "cu_seqlens")}
+    options = {name: value for name, value in keywords.items() if name not in defaults}
+    _check_known(function, options)
+    values = defaults | keywords
+    beta, loss_type, label_smoothing = (values.pop(name) for name in ("beta", "loss_type", "label_smoothing"))
+    beta = beta_at(beta, keywords.get("step", 0))  # the step may come at the call
+    check_keywords(beta, loss_type, label_smoothing, cast(LossKeywords, options))
+    head_options(**{name: values[name] for name in defaults if name in values})
+
+
+def _defaults(function: Any) -> dict[str, Any]:
+    return function.__kwdefaults__
+
+
+def _at_call(keywords: dict[str, Any], per_batch: dict[str, Any]) -> dict[str, Any]:
+    for name in per_batch:
+        if name not in PER_BATCH:
+            raise TypeError(f"{name}: not an argument of the call; expected some of {', '.join(PER_BATCH)}")
+    return keywords | per_batch

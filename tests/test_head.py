@@ -369,8 +369,8 @@ def test_exact_mode_is_no_worse_than_plain(dtype: torch.dtype) -> None:
         (lambda: token_logps(torch.randn(2, 3, 7), bad(0), ignore_index=1.5), "ignore_index: expected an int, got 1.5"),
         (lambda: token_logps(torch.randn(2, 3, 7), bad(0), shift="no"), "shift: expected True or False, got 'no'"),
         (
-            lambda: fastdpo.dpo_loss(torch.randn(2, 3, 7), bad(0), beta=torch.tensor(0.1)),
-            "beta: expected a number, got Tensor",
+            lambda: fastdpo.dpo_loss(torch.randn(2, 3, 7), bad(0), label_smoothing=torch.tensor(0.1)),
+            "label_smoothing: expected a number, got Tensor",
         ),
     ],
 )

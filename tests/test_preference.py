@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
+from every_loss import needed, referenced
 from torch import Tensor
 
 import fastdpo
-from fastdpo import dpo_loss, linear_dpo_loss
+from fastdpo import BetaSchedule, dpo_loss, linear_dpo_loss
 from fastdpo.losses import LOSSES, LossOptions, Pairs
 
 
@@ -107,6 +108,11 @@ def test_value_and_gradient(backend: str, referenced: bool, pairs: int) -> None:
     torch.testing.assert_close(from_logits.loss, out.loss, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(bare, from_logits.loss)
     torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (bare, from_logits.loss)))
+    per_token = -5 * torch.rand(labels.shape)
+    bare, from_logits = fastdpo.DPOFunction.apply(logits, labels, per_token), dpo_loss(logits, labels, per_token)
+    torch.testing.assert_close(bare, from_logits.loss)
+    counted = dpo_loss(logits, labels, (per_token * (labels != -100)).sum(1), backend=backend)
+    torch.testing.assert_close(from_logits.loss, counted.loss, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("loss_type", list(LOSSES))
@@ -120,7 +126,8 @@ def test_packed_equals_padded(backend: str, loss_type: str, shift: bool) -> None
         labels[row, length:] = -100
     keep = torch.arange(7)[None] < torch.tensor(lengths)[:, None]
     cu_seqlens = torch.tensor([0, 7, 10, 10, 15], dtype=torch.int32)
-    keywords = dict(loss_type=loss_type, shift=shift, backend=backend)
+    keywords = dict(loss_type=loss_type, shift=shift, backend=backend) | needed(loss_type)
+    ref = ref if referenced(loss_type) else None
 
     def run(hidden: Tensor, labels: Tensor, **more) -> tuple[Tensor, Tensor, Tensor]:
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
@@ -171,8 +178,168 @@ def test_modules() -> None:
         fastdpo.DPOLoss(loss_type="nope")
     with pytest.raises(ValueError, match="unknown stat 'x'"):
         fastdpo.LinearDPOLoss(stats=("x",))
-    with pytest.raises(TypeError, match=r"betas: not a keyword of dpo_loss; expected some of .*beta"):
-        fastdpo.DPOLoss(betas=0.1)
+    with pytest.raises(TypeError, match=r"bete: not a keyword of dpo_loss; did you mean 'beta'\?; expected some of .*"):
+        fastdpo.DPOLoss(bete=0.1)
+    with pytest.raises(ValueError, match="label_smoothing: loss 'hinge' does not use it"):
+        fastdpo.DPOLoss(loss_type="hinge", label_smoothing=0.1)
+
+
+def test_modules_take_tensors_at_the_call() -> None:
+    hidden, weight, labels, ref = batch()
+    per_batch = dict(pair_weights=torch.rand(2), beta=torch.rand(2), token_weights=torch.rand(4, 7))
+    expected = linear_dpo_loss(hidden, weight, labels, ref, shift=True, gamma=0.1, **per_batch)
+    module = fastdpo.LinearDPOLoss(shift=True, gamma=0.1)
+    assert torch.equal(module(hidden, weight, labels, ref, **per_batch).loss, expected.loss)
+    with pytest.raises(TypeError, match="shift: not an argument of the call; expected some of beta"):
+        module(hidden, weight, labels, ref, shift=False)
+
+
+def test_beta_schedule() -> None:
+    hidden, weight, labels, ref = batch()
+    schedule = BetaSchedule(0.4, 0.1, 30)
+    assert [schedule(step) for step in (0, 10, 30, 99)] == pytest.approx([0.4, 0.3, 0.1, 0.1])
+    assert [BetaSchedule(0.4, 0.1, 30, "cosine")(step) for step in (0, 10, 15, 30)] == pytest.approx(
+        [0.4, 0.325, 0.25, 0.1]
+    )
+    expected = linear_dpo_loss(hidden, weight, labels, ref, beta=0.3)
+    scheduled = linear_dpo_loss(hidden, weight, labels, ref, beta=schedule, step=10)
+    torch.testing.assert_close(scheduled.loss, expected.loss)
+    torch.testing.assert_close(scheduled.chosen_rewards, expected.chosen_rewards)
+    module = fastdpo.LinearDPOLoss(beta=lambda step: 0.1 * (step + 1))
+    torch.testing.assert_close(module(hidden, weight, labels, ref, step=2).loss, expected.loss)
+    with pytest.raises(TypeError, match="step: beta is a schedule"):
+        module(hidden, weight, labels, ref)
+    with pytest.raises(ValueError, match="shape: unknown 'quadratic'"):
+        BetaSchedule(0.4, 0.1, 30, "quadratic")
+
+
+def test_beta_and_gamma_per_pair() -> None:
+    """Each pair as if alone, with its own numbers."""
+    logits, labels, ref = torch.randn(6, 5, 11).double(), torch.randint(0, 11, (6, 5)), -10 * torch.rand(6).double()
+    beta, gamma, weights = torch.tensor([0.1, 0.5, 2.0]), torch.tensor([0.0, 1.0, -0.3]), torch.tensor([1.0, 0.2, 3.0])
+    for loss_type in ("sigmoid", "hinge", "robust", "discopop"):
+        together = dpo_loss(
+            logits,
+            labels,
+            ref,
+            loss_type=loss_type,
+            beta=beta.double(),
+            gamma=gamma.double(),
+            pair_weights=weights.double(),
+        )
+        alone = [
+            dpo_loss(
+                logits[i::3], labels[i::3], ref[i::3], loss_type=loss_type, beta=float(beta[i]), gamma=float(gamma[i])
+            )
+            for i in range(3)
+        ]
+        expected = sum(float(weights[i]) * out.loss for i, out in enumerate(alone)) / 3
+        torch.testing.assert_close(together.loss, expected, rtol=1e-6, atol=1e-9)
+        rewards = torch.cat([out.chosen_rewards for out in alone])
+        torch.testing.assert_close(together.chosen_rewards, rewards, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("loss_type", [*LOSSES, lambda pairs, options: -options.beta * pairs.margin])
+def test_several_betas_of_one_head_pass(loss_type, monkeypatch) -> None:
+    hidden, weight, labels, ref = batch()
+    keywords = dict(loss_type=loss_type) | (needed(loss_type) if isinstance(loss_type, str) else {})
+    ref = ref if not isinstance(loss_type, str) or referenced(loss_type) else None
+    betas = [0.05, 0.1, 1.0]
+    one_by_one = [linear_dpo_loss(hidden, weight, labels, ref, beta=beta, **keywords) for beta in betas]
+    heads = []
+    spied = fastdpo.preference.linear_token_logps
+    monkeypatch.setattr(fastdpo.preference, "linear_token_logps", lambda *a, **k: heads.append(1) or spied(*a, **k))
+    hidden.requires_grad_()
+    out = linear_dpo_loss(hidden, weight, labels, ref, betas=betas, **keywords)
+    assert len(heads) == 1
+    assert out.loss.shape == (3,) and out.chosen_rewards.shape == (3, 2)
+    torch.testing.assert_close(out.loss, torch.stack([one.loss for one in one_by_one]))
+    torch.testing.assert_close(out.rejected_rewards, torch.stack([one.rejected_rewards for one in one_by_one]))
+    (grad,) = torch.autograd.grad(out.loss[1], hidden)
+    (alone,) = torch.autograd.grad(linear_dpo_loss(hidden, weight, labels, ref, beta=0.1, **keywords).loss, hidden)
+    torch.testing.assert_close(grad, alone)
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+def test_the_fused_kernel_equals_the_table(backend: str, label_smoothing: float, per_token: bool, monkeypatch) -> None:
+    hidden, weight, labels, ref = batch(3)
+    ref = -5 * torch.rand(labels.shape) if per_token else ref
+    keywords = dict(beta=0.3, label_smoothing=label_smoothing, backend=backend)
+    results = []
+    calls = []
+    spied = fastdpo.pair_kernel.PairSigmoid.apply
+    monkeypatch.setattr(fastdpo.pair_kernel.PairSigmoid, "apply", lambda *a: calls.append(1) or spied(*a))
+    for fused in (True, False):
+        h = hidden.clone().requires_grad_()
+        if not fused:
+            monkeypatch.setattr(fastdpo.pair_kernel, "fits", lambda recipe: False)
+        out = linear_dpo_loss(h, weight, labels, ref, **keywords)
+        results.append((*out[:5], torch.autograd.grad(out.loss, h)[0]))
+        assert len(calls) == 1, "the fused kernel, and only at first"
+    for kernel, table in zip(*results, strict=True):
+        torch.testing.assert_close(kernel, table, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        dict(gamma=0.1),
+        dict(alpha=0.1),
+        dict(betas=[0.1]),
+        dict(beta=torch.tensor([0.1, 0.2])),
+        dict(pair_weights=torch.ones(2)),
+        dict(token_weights=torch.ones(4, 7)),
+        dict(ld_alpha=0.5),
+        dict(use_weighting=True),
+        dict(length_normalize=True),
+        dict(loss_weights=[2.0]),
+        dict(f_divergence_type="forward_kl"),
+        dict(loss_type=["sigmoid", "sigmoid"]),
+    ],
+    ids=str,
+)
+def test_the_fused_kernel_is_for_the_plain_sigmoid_only(keywords: dict, monkeypatch) -> None:
+    hidden, weight, labels, ref = batch()
+    monkeypatch.setattr(fastdpo.pair_kernel.PairSigmoid, "apply", lambda *a: pytest.fail("the fused kernel ran"))
+    linear_dpo_loss(hidden, weight, labels, ref, **keywords)
+
+
+OPTIONS = dict(
+    token_weights=torch.rand(4, 7),
+    ld_alpha=0.4,
+    gamma=0.2,
+    f_divergence_type="js_divergence",
+    use_weighting=True,
+    pair_weights=torch.rand(2),
+    alpha=0.3,
+    label_smoothing=0.1,
+)
+
+
+def test_options_packed_equal_padded(backend: str) -> None:
+    """Everything at once, from hidden and from logits, with the reference per token."""
+    hidden, weight, labels, _ = batch()
+    lengths = torch.tensor([7, 3, 2, 5])
+    keep = torch.arange(7)[None] < lengths[:, None]
+    labels = torch.where(keep, torch.randint(0, 301, (4, 7)), -100)
+    ref = -6 * torch.rand(4, 7)
+    cu_seqlens = torch.cat([torch.zeros(1), lengths.cumsum(0)]).int()
+    for shift in (False, True):
+        hidden.requires_grad_()
+        keywords = OPTIONS | dict(shift=shift, backend=backend, beta=torch.tensor([0.1, 0.3]))
+        padded = linear_dpo_loss(hidden, weight, labels, ref, **keywords)
+        keywords |= dict(cu_seqlens=cu_seqlens, token_weights=keywords["token_weights"][keep])
+        packed = linear_dpo_loss(hidden[keep], weight, labels[keep], ref[keep], **keywords)
+        logits = dpo_loss((hidden @ weight.T)[keep], labels[keep], ref[keep], **keywords)
+        for out in (packed, logits):
+            torch.testing.assert_close(out.loss, padded.loss, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(out.chosen_logps, padded.chosen_logps, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                *(torch.autograd.grad(x.loss, hidden, retain_graph=True)[0] for x in (out, padded)),
+                rtol=1e-4,
+                atol=1e-6,
+            )
 
 
 @pytest.mark.parametrize("pairs", [0, 1])
@@ -199,9 +366,9 @@ PACKED = dict(logits=torch.randn(12, 7), labels=torch.zeros(12, dtype=torch.int6
     ("keywords", "message"),
     [
         (dict(logits=torch.randn(3, 3, 7), labels=torch.zeros(3, 3).long()), "labels: a pair batch .* got 3"),
-        (dict(ref_logps=torch.zeros(3)), r"ref_logps: .*shape \[4\], got \[3\]"),
-        (dict(ref_logps=torch.zeros(4, 3)), r"ref_logps: .*shape \[4\], got \[4, 3\]"),
-        (dict(ref_logps=torch.tensor([0, 0, float("nan"), 0])), "ref_logps: expected finite .* got nan for sequence 2"),
+        (dict(ref_logps=torch.zeros(3)), r"ref_logps: .*shape \[4\].*, got \[3\]"),
+        (dict(ref_logps=torch.zeros(4, 5)), r"ref_logps: .*shape \[4\], or per token, .* \[4, 3\], got \[4, 5\]"),
+        (dict(ref_logps=torch.tensor([0, 0, float("nan"), 0])), r"ref_logps: expected finite .* got nan at \[2\]"),
         (dict(loss_type="sigmiod"), "unknown loss 'sigmiod', .*did you mean 'sigmoid'"),
         (dict(loss_type="hinge", label_smoothing=0.1), "label_smoothing: loss 'hinge' does not use it"),
         (dict(label_smoothing=0.5), r"label_smoothing: expected a number in \[0, 0.5\), got 0.5"),

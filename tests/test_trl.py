@@ -18,7 +18,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from fastdpo import demo_task
+from fastdpo import BetaSchedule, demo_task
 from fastdpo.integrations import trl as integration
 from fastdpo.integrations.trl import FastDPOTrainer, patch, patched, unpatch
 
@@ -112,6 +112,11 @@ def assert_same_run(theirs: Any, mine: Any) -> None:
         pytest.param({"lora": True}, id="lora"),
         pytest.param({"use_weighting": True}, id="wpo"),
         pytest.param({"loss_type": ["ipo", "sft"], "loss_weights": [1.0, 0.5]}, id="two_losses"),
+        pytest.param({"loss_type": "discopop", "f_divergence_type": "js_divergence"}, id="f_divergence"),
+        pytest.param({"loss_type": "aot", "label_smoothing": 0.1, "ld_alpha": 0.5}, id="ld_alpha"),
+        pytest.param(
+            {"loss_type": ["sigmoid_norm", "bco_pair", "exo_pair"], "label_smoothing": 1e-3}, id="three_losses"
+        ),
     ],
 )
 def test_three_steps_equal_trl(tiny, tmp_path, settings):
@@ -119,6 +124,17 @@ def test_three_steps_equal_trl(tiny, tmp_path, settings):
     mine = train(FastDPOTrainer, DPOConfig, tiny, tmp_path / "fastdpo", **settings)
     assert len(mine.state.log_history) == 4
     assert_same_run(theirs, mine)
+
+
+def test_beta_schedule(tiny, tmp_path):
+    class Scheduled(FastDPOTrainer):
+        beta_schedule = BetaSchedule(0.4, 0.1, 3)
+
+    logs = train(Scheduled, DPOConfig, tiny, tmp_path / "scheduled").state.log_history
+    assert [record["beta"] for record in logs[:3]] == pytest.approx([0.4, 0.3, 0.2])
+    constant = train(FastDPOTrainer, DPOConfig, tiny, tmp_path / "constant", beta=0.4).state.log_history
+    assert logs[0]["rewards/chosen"] == constant[0]["rewards/chosen"]
+    assert logs[1]["rewards/chosen"] == pytest.approx(0.75 * constant[1]["rewards/chosen"], rel=1e-3)
 
 
 def test_precomputed_reference_equals_trl(tiny, tmp_path, monkeypatch):

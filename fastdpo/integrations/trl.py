@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -167,7 +167,8 @@ def patched(**head_keywords: Any) -> Iterator[None]:
 class FastDPOTrainer(DPOTrainer):
     """`trl.DPOTrainer` with fastdpo's head: same arguments, same losses, metrics and checkpoints.
 
-    TRL is patched during this trainer's own loss only, so other trainers of the process keep TRL's kernels.
+    Every loss_type and option of `trl.DPOConfig`: the losses are TRL's own. TRL is patched during this trainer's own
+    loss only, so other trainers of the process keep TRL's kernels.
 
     Raises:
         As `trl.DPOTrainer` and `patch`.
@@ -176,7 +177,15 @@ class FastDPOTrainer(DPOTrainer):
     #: Keywords of `linear_token_logps` (grad_tol, workspace_mb, backend); set on a subclass or an instance
     head_keywords: dict[str, Any] = {}  # noqa: RUF012  (replaced, never changed in place)
 
+    #: A schedule of beta, step -> number, such as fastdpo.BetaSchedule; None: args.beta throughout. Set on a subclass
+    #: (a plain function as a staticmethod) or an instance; logged as "beta"
+    beta_schedule: Callable[[int], float] | None = None
+
     def _compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool) -> Any:
+        if self.beta_schedule is not None:
+            self.beta = self.beta_schedule(self.state.global_step)
+            mode = "train" if cast(Any, self.model).training else "eval"
+            self._metrics[mode]["beta"].append(self.beta)
         with patched(**self.head_keywords):
             return super()._compute_loss(model, inputs, return_outputs)
 

@@ -1,5 +1,5 @@
 // Sums of token logps [N] over sequences: sequence s owns bounds[s] .. bounds[s+1]-1. Then, for B pairs
-// (s chosen, s + B rejected), the sigmoid loss of fastdpo/losses.py and its slope:
+// (s chosen, s + B rejected), the sigmoid loss of fastdpo/losses/ and its slope:
 //
 //   h = (chosen - ref_chosen) - (rejected - ref_rejected)
 //   loss = mean over pairs of -(1-eps) log sigmoid(beta h) - eps log sigmoid(-beta h)

@@ -1,0 +1,115 @@
+"""Token logps to sequence logps: sums over sequences, and the weights of tokens in them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from .batch import IGNORE_INDEX, Layout, Reference, constant, make_layout, shift_labels
+from .inputs import check_tensor
+from .options import check_within
+
+
+def sequence_logps(
+    token_logps: Tensor,
+    labels: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    shift: bool = False,
+    token_weights: Tensor | None = None,
+    ld_alpha: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Sums of token logps over the sequences of a pair batch, as the losses make them; differentiable.
+
+    For a reference whose sums must be weighted as the policy's are.
+
+    Args:
+        token_logps: shaped like labels, from `token_logps` or `linear_token_logps` with the same labels and shift.
+        labels, cu_seqlens, ignore_index, shift: as for `fastdpo.dpo_loss`.
+        token_weights: weight of each label's logp, float, shaped like labels (and shifted with them).
+        ld_alpha: weight, in [0, 1], of the tokens beyond the shorter completion's length (LD-DPO, arXiv 2409.06411).
+        backend: as for `fastdpo.token_logps`.
+
+    Returns:
+        `[2B]`, chosen then rejected.
+
+    Raises:
+        TypeError, ValueError: tensors of another shape or type; a number outside its range.
+    """
+    check_tensor("token_logps", token_logps)
+    layout = make_layout(labels, cu_seqlens, ignore_index, shift)
+    if token_logps.shape != labels.shape:
+        raise ValueError(
+            f"token_logps: expected the shape of labels, {list(labels.shape)}, got {list(token_logps.shape)}"
+        )
+    if ld_alpha is not None:
+        check_within("ld_alpha", ld_alpha, 0, 1)
+    logps = torch.where(layout.counted, token_logps.reshape(-1), 0.0)
+    weights = position_weights(layout, logps, token_weights, ld_alpha, backend)
+    return sequence_sums(logps if weights is None else logps * weights, layout.bounds, backend)
+
+
+def reference_sums(
+    ref_logps: Reference | None, layout: Layout, like: Tensor, weights: Tensor | None, backend: str
+) -> Tensor | None:
+    """The reference's sequence logps, `[2B]`, on the device and of the dtype of `like`; weights `[N]` are of tokens."""
+    if ref_logps is None:
+        return None
+    logps = ref_logps.logps.to(like.device, like.dtype)
+    if not ref_logps.per_token:
+        return logps
+    return torch.ops.fastdpo.sequence_sums(logps if weights is None else logps * weights, layout.bounds, backend)
+
+
+def lengths(layout: Layout, like: Tensor, backend: str) -> Tensor:
+    """The tokens that count in each sequence, `[S]`, in the dtype of `like`."""
+    return torch.ops.fastdpo.sequence_sums(layout.counted.to(like.dtype), layout.bounds, backend)
+
+
+def position_weights(
+    layout: Layout, like: Tensor, token_weights: Tensor | None, ld_alpha: float | None, backend: str
+) -> Tensor | None:
+    """The weight of each position, `[N]`, in the dtype of `like`; None: all 1."""
+    weights = None
+    if token_weights is not None:
+        check_tensor("token_weights", token_weights)
+        if layout.shifted:  # to the position that predicts the label
+            token_weights = shift_labels(token_weights, 0, layout.bounds if layout.packed else None)
+        weights = constant("token_weights", token_weights, (layout.labels.shape,), like).reshape(-1)
+    if ld_alpha is None:
+        return weights
+    # LD-DPO: the first min(|y_w|, |y_l|) tokens of both sides weigh 1, the rest ld_alpha
+    counts = lengths(layout, like, backend)
+    shared = torch.minimum(*counts.chunk(2)).repeat(2)
+    nth = layout.counted.cumsum(0) - spread(counts.cumsum(0) - counts, layout.bounds, like.shape[0])
+    verbose = (nth > spread(shared, layout.bounds, like.shape[0])).to(like.dtype)
+    by_place = 1 - (1 - ld_alpha) * verbose
+    return by_place if weights is None else weights * by_place
+
+
+def spread(values: Tensor, bounds: Tensor, positions: int) -> Tensor:
+    """values `[S]` -> `[N]`: each position gets its sequence's value."""
+    return torch.repeat_interleave(values, bounds.diff(), output_size=positions)
+
+
+def sequence_sums(values: Tensor, bounds: Tensor, backend: str) -> Tensor:
+    """values `[N]`, bounds `[S+1]` -> sums `[S]`; differentiable."""
+    return _SequenceSums.apply(values, bounds, backend)
+
+
+class _SequenceSums(Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, bounds: Tensor, backend: str) -> Tensor:
+        ctx.save_for_backward(bounds)
+        ctx.positions = values.shape[0]
+        return torch.ops.fastdpo.sequence_sums(values, bounds, backend)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (bounds,) = ctx.saved_tensors
+        return spread(grad, bounds, ctx.positions), None, None

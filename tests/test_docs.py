@@ -1,0 +1,63 @@
+"""The documents' examples run, and the table of losses is the one that LOSSES makes."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastdpo
+
+ROOT = Path(__file__).parent.parent
+
+
+def examples(document: str) -> list[str]:
+    """Its Python blocks that call fastdpo's losses on hidden states."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), flags=re.DOTALL)
+    return [block for block in blocks if "loss_type=" in block]
+
+
+def run(code: str) -> fastdpo.PreferenceOutput:
+    names = dict(
+        fastdpo=fastdpo,
+        torch=torch,
+        F=F,
+        hidden=torch.randn(8, 5, 16, requires_grad=True),
+        weight=torch.randn(53, 16),
+        labels=torch.randint(0, 53, (8, 5)),
+        ref_logps=-20 * torch.rand(8),
+    )
+    exec(code, names)
+    names["out"].loss.sum().backward()
+    assert names["hidden"].grad.count_nonzero()
+    return names["out"]
+
+
+def test_the_readmes_own_loss() -> None:
+    """Ten lines: a function, and a call through the fused head."""
+    (example,) = examples("README.md")
+    assert len(example.strip().splitlines()) <= 10
+    assert run(example).loss.shape == ()
+
+
+@pytest.mark.parametrize("example", examples("docs/losses.md"), ids=["several", "own"])
+def test_the_losses_page(example: str) -> None:
+    assert run(example).loss.isfinite().all()
+
+
+def test_the_table_is_current() -> None:
+    spec = importlib.util.spec_from_file_location("make_losses", ROOT / "docs" / "make_losses.py")
+    make_losses = importlib.util.module_from_spec(spec)
+    pytest.importorskip("matplotlib")
+    spec.loader.exec_module(make_losses)
+    page = (ROOT / "docs" / "losses.md").read_text()
+    assert make_losses.table() in page, "run python docs/make_losses.py"
+    assert (ROOT / "docs" / "losses.png").exists()
+    for name in ("sigmoid", "orpo", "sft", "discopop"):  # the drawn slope is that of the drawn loss
+        margin = torch.linspace(-6, 6, 2001).double()
+        loss, slope = make_losses.curve(name, margin)
+        torch.testing.assert_close(torch.gradient(loss, spacing=(margin,))[0][1:-1], slope[1:-1], rtol=1e-2, atol=1e-2)
