@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--limit", type=float, default=60)
-    parser.add_argument("--contenders", nargs="*", default=list(PROVIDERS), choices=list(PROVIDERS))
+    parser.add_argument("--contenders", nargs="*", default=list(COLOURS), choices=list(PROVIDERS))
     parser.add_argument("--point", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.point:
