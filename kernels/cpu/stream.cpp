@@ -81,6 +81,7 @@ struct Streamer {
           rows, tile.padded, in.width, stride, tile.padded, tile.padded, false, block, tile.packed.data(),
           scratch.logits.data(), true);
       for (int64_t r = 0; r < rows;) {
+        prefetch(v0 + kRows + r, std::min(last, v0 + kRows + r + kGroup));
         const bool target_near = target != tile.targets.end() && target->column < v0 + r + kGroup;
         // is_top1 asks what stands before and what after a target: then column by column
         const bool together = r + kGroup <= rows && !(kStats && target_near);
@@ -89,6 +90,13 @@ struct Streamer {
         r += together ? kGroup : 1;
       }
     }
+  }
+
+  // Rows of weight on their way to the cache while the exponentials of the block before are computed
+  void prefetch(int64_t first, int64_t last) const {
+    for (int64_t v = first; v < last; ++v)
+      for (const W *w = weight(v), *end = w + tile.in.width; w < end; w += 64 / sizeof(W))
+        __builtin_prefetch(w, 0, 2);
   }
 
   template <int kCount>
