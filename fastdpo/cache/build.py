@@ -1,0 +1,322 @@
+"""Score what a data set needs and the cache does not hold.
+
+Plan: the keys of all rows, each once, longest first, cut into chunks of at most a shard; the same for every builder of
+the same data. Then, chunk by chunk: claim it, drop what is there by now, score it in batches of its own, write one
+shard. A builder that is killed loses the shard it was at, and whoever comes next scores that chunk in the same
+batches, so to the same bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from . import journal, shard
+from .claims import Claims
+from .errors import CacheError
+from .index import Index
+from .key import Sequence, as_array, halves
+from .manifest import NamedReference
+from .model import ReferenceModel
+from .rows import MAX_LENGTH, PARTS, Preparation, Row, check_truncation, sequence
+
+WINDOW = 8192  # rows of an iterable data set that are planned together
+
+
+class BuildOptions(NamedTuple):
+    """How to build: the keywords of `ReferenceCache.build`, where they are explained."""
+
+    max_length: int | None = MAX_LENGTH
+    truncation_mode: str = "keep_start"
+    prior: bool = False
+    token_logps: bool = False
+    shard_size: int = 512
+    batch_tokens: int = 8192
+    source: str = "data"
+    replace_name: bool = False
+    progress: bool = True
+
+    def check(self) -> BuildOptions:
+        """Raise CacheError for a value out of range."""
+        check_truncation(self.max_length, self.truncation_mode)
+        for name in ("shard_size", "batch_tokens"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise CacheError(f"{name}: expected an int above 0, got {value!r}")
+        return self
+
+    @property
+    def parts(self) -> list[int]:
+        """Indices into rows.PARTS."""
+        return [0, 1, 2, 3] if self.prior else [0, 1]
+
+
+class BuildReport(NamedTuple):
+    """What one build found and did, in sequences."""
+
+    name: str  # of the reference
+    sequences: int  # that the data asks for
+    duplicates: int  # of them, that ask for the same key as an earlier one
+    cached: int  # that were there before
+    scored: int  # by this builder
+    elsewhere: int  # by other builders meanwhile
+    shards: int  # that this builder wrote
+    empty: int  # without a token to count (the prompt fills max_length): logp 0
+
+    def __str__(self) -> str:
+        empty = f"; {self.empty} have no completion token within max_length" if self.empty else ""
+        elsewhere = f", {self.elsewhere} scored by other builders" if self.elsewhere else ""
+        return (
+            f"{self.name}: {self.sequences} sequences: {self.scored} scored, {self.cached} already there{elsewhere}, "
+            f"{self.duplicates} duplicates; {self.shards} shards written{empty}"
+        )
+
+
+@dataclass
+class _Plan:
+    """n sequences to have, each key once, longest first."""
+
+    keys: np.ndarray  # uint8 [n, 16]
+    row: np.ndarray  # int64 [n], within the window
+    part: np.ndarray  # int64 [n], index into PARTS
+    total: int  # sequences, duplicates included
+    empty: int
+
+    @classmethod
+    def of(cls, rows: Iterable[Row], prepare: Preparation, named: NamedReference, parts: list[int]) -> _Plan:
+        keys, places, lengths, empty = [], [], [], 0
+        for number, row in enumerate(rows):
+            prepared = prepare(row)
+            for part in parts:
+                found = sequence(prepared, part, named.max_length, named.truncation_mode, named.prior_prefix)
+                keys.append(found.key(named.reference))
+                lengths.append(len(found.ids))
+                places.append((number, part))
+                empty += not found.counted.any()
+        if not keys:
+            none = np.zeros(0, np.int64)
+            return cls(as_array([]), none, none, 0, 0)
+        every = as_array(keys)
+        _, first = np.unique(every.view("S16"), return_index=True)  # fixed width: trailing zeros do not matter
+        hi, lo = halves(every[first])
+        order = first[np.lexsort((lo, hi, -np.array(lengths, np.int64)[first]))]
+        row_, part_ = np.array(places, np.int64).reshape(-1, 2)[order].T
+        return cls(every[order], row_, part_, len(keys), empty)
+
+
+class Builder:
+    """One process at work on the shards of one reference.
+
+    Args:
+        folder: of its shards.
+        index: of those; refreshed here. One that has read the shards themselves.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        index: Index,
+        model: ReferenceModel,
+        named: NamedReference,
+        prepare: Preparation,
+        options: BuildOptions,
+    ) -> None:
+        self._folder, self._index, self._model, self.named, self._prepare = folder, index, model, named, prepare
+        self._options = options
+        self._journal = journal.Journal(folder)
+        self._refused: dict[bytes, str] = {}  # keys that have no finite logp -> where they are
+        self._shards = 0
+
+    def run(self, rows: Any) -> BuildReport:
+        """Returns once every sequence of `rows` is in the cache, whoever scored it.
+
+        Args:
+            rows: that can be indexed; or any iterable of rows, which is read in windows.
+
+        Raises:
+            CacheError: rows whose logp is not finite, after all others were scored; rows that the model cannot score.
+        """
+        from tqdm import tqdm
+
+        report = BuildReport(self.named.name, 0, 0, 0, 0, 0, 0, 0)
+        for first, window in _windows(rows):
+            read = tqdm(
+                window, desc=f"{self.named.name}: reading", unit="row", leave=False, disable=not self._options.progress
+            )
+            plan = _Plan.of(read, self._prepare, self.named, self._options.parts)
+            self._index.refresh()
+            missing = self._missing(plan, np.arange(len(plan.keys)))
+            scored = self._fill(plan, missing, first, window) if len(missing) else 0
+            unique, refused = len(plan.keys), sum(key.tobytes() in self._refused for key in plan.keys[missing])
+            counts = (plan.total, plan.total - unique, unique - len(missing), scored, len(missing) - scored - refused)
+            report = report._replace(
+                **{k: getattr(report, k) + v for k, v in zip(report._fields[1:6], counts, strict=True)},
+                empty=report.empty + plan.empty,
+            )
+        if self._refused:
+            raise CacheError(
+                f"{len(self._refused)} sequences have no finite logp in {self.named.reference.dtype} and were not "
+                f"stored: {', '.join(itertools.islice(self._refused.values(), 20))}"
+            )
+        return report._replace(shards=self._shards)
+
+    # --- chunks ------------------------------------------------------------------------------------------------------
+
+    def _missing(self, plan: _Plan, rows: np.ndarray) -> np.ndarray:
+        """Which of some rows of the plan are still to be scored."""
+        found = self._index.find(plan.keys[rows])
+        there = self._index.has_tokens(found) if self._options.token_logps else found.found
+        if self._refused:
+            there = there | [plan.keys[i].tobytes() in self._refused for i in rows]
+        return rows[~there]
+
+    def _fill(self, plan: _Plan, missing: np.ndarray, first: int, window: Any) -> int:
+        """Score the missing rows of a plan, with whoever else is at it; returns how many this process did."""
+        from tqdm import tqdm
+
+        size, done = self._options.shard_size, 0
+        todo = [np.arange(i, min(i + size, len(plan.keys))) for i in np.unique(missing // size) * size]
+        open_ = {int(chunk[0]): int(((missing >= chunk[0]) & (missing <= chunk[-1])).sum()) for chunk in todo}
+        with (
+            Claims(self._folder) as claims,
+            tqdm(
+                total=len(missing), desc=f"{self.named.name}: scoring", unit="seq", disable=not self._options.progress
+            ) as bar,
+        ):
+            pause = 0.05
+            while todo:
+                self._index.refresh()
+                unit, todo, elsewhere = self._claim(plan, todo, claims)
+                for chunk in elsewhere:
+                    bar.update(open_.pop(int(chunk[0])))
+                if not unit:
+                    if todo:  # all that is left is being scored by others
+                        time.sleep(pause)
+                        pause = min(2 * pause, 2.0)
+                    continue
+                pause = 0.05
+                # What was finished between our look and our claim is seen now
+                self._index.refresh()
+                left = [self._missing(plan, chunk) for chunk in unit.values()]
+                done += self._write(plan, left, first, window, bar.update)
+                for chunk, rows in zip(unit.values(), left, strict=True):
+                    bar.update(open_.pop(int(chunk[0])) - len(rows))
+                self._index.refresh()  # reads back what was written
+                if any(len(self._missing(plan, rows)) for rows in left):
+                    raise CacheError(f"{self._folder}: cannot read back the shard that was just written")
+                claims.release(list(unit))
+        return done
+
+    def _claim(
+        self, plan: _Plan, todo: list[np.ndarray], claims: Claims
+    ) -> tuple[dict[str, np.ndarray], list[np.ndarray], list[np.ndarray]]:
+        """(claimed chunks with at most a shard to score in all, chunks left, chunks that need nothing any more)"""
+        unit: dict[str, np.ndarray] = {}
+        left: list[np.ndarray] = []
+        finished, size = [], 0
+        for i, chunk in enumerate(todo):
+            missing = len(self._missing(plan, chunk))
+            if not missing:
+                finished.append(chunk)
+            elif size + missing > self._options.shard_size:
+                return unit, left + todo[i:], finished
+            else:
+                piece = hashlib.blake2b(
+                    plan.keys[chunk].tobytes(), digest_size=16, salt=b"tokens" * self._options.token_logps
+                )
+                if claims.take(piece.hexdigest()):
+                    unit[piece.hexdigest()] = chunk
+                    size += missing
+                else:
+                    left.append(chunk)
+        return unit, left, finished
+
+    # --- scoring -----------------------------------------------------------------------------------------------------
+
+    def _write(
+        self, plan: _Plan, chunks: list[np.ndarray], first: int, window: Any, progress: Callable[[int], Any]
+    ) -> int:
+        """Score chunks, each in batches of its own, into one shard."""
+        kept: list[int] = []
+        tokens: list[np.ndarray] = []
+        for rows in chunks:
+            for batch in self._batches(plan, rows, first, window):
+                places = [f"row {first + plan.row[i]} {PARTS[plan.part[i]]}" for i, _ in batch]
+                try:
+                    results = self._model.scorer([found for _, found in batch])
+                except CacheError as error:
+                    raise CacheError(f"{self._options.source}, among {', '.join(places)}: {error}") from None
+                for (i, _), place, logps in zip(batch, places, results, strict=True):
+                    if np.isfinite(logps).all():
+                        kept.append(i)
+                        tokens.append(logps)
+                    else:
+                        self._refused[plan.keys[i].tobytes()] = place
+                progress(len(batch))
+        if not kept:
+            return 0
+        entries = shard.Shard(
+            plan.keys[kept],
+            np.array([logps.sum(dtype=np.float64) for logps in tokens]),
+            np.array([len(logps) for logps in tokens], np.int32),
+            tokens if self._options.token_logps else None,
+        )
+        name, data = shard.encode(self.named.reference.id, entries)
+        rows, parts = (first + plan.row[kept]).tolist(), plan.part[kept].tolist()
+        self._journal.add(name, [journal.Origin(0, self._options.source, rows, parts)])
+        shard.save(self._folder, name, data)
+        self._shards += 1
+        return len(kept)
+
+    def _batches(self, plan: _Plan, rows: np.ndarray, first: int, window: Any) -> Iterator[list[tuple[int, Sequence]]]:
+        """(row of the plan, its sequence), longest first, as many as batch_tokens holds."""
+        named, prepared = self.named, {}
+        batch: list[tuple[int, Sequence]] = []
+        for i in rows:
+            number = int(plan.row[i])
+            if number not in prepared:
+                prepared[number] = self._prepare(window[number])
+            found = sequence(
+                prepared[number], plan.part[i], named.max_length, named.truncation_mode, named.prior_prefix
+            )
+            if found.key(named.reference) != plan.keys[i].tobytes():
+                raise CacheError(f"{self._options.source}: row {first + number} changed while it was read")
+            if batch and (len(batch) + 1) * len(batch[0][1].ids) > self._options.batch_tokens:
+                yield batch
+                batch = []
+            batch.append((int(i), found))
+        if batch:
+            yield batch
+
+
+def _windows(rows: Any) -> Iterator[tuple[int, Any]]:
+    """(number of the first row, rows that can be indexed)"""
+    if hasattr(rows, "__getitem__") and hasattr(rows, "__len__"):
+        yield 0, rows
+        return
+    rows, first = iter(rows), 0
+    while window := list(itertools.islice(rows, WINDOW)):
+        yield first, window
+        first += len(window)
+
+
+@contextlib.contextmanager
+def untouched_random_state() -> Iterator[None]:
+    """Whatever happens inside, torch's, NumPy's and Python's global generators come out as they went in."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  it is the global one that is meant
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
