@@ -1,9 +1,9 @@
 """Score what a data set needs and the cache does not hold.
 
-Plan: the keys of all rows, each once, longest first, cut into chunks of at most a shard; the same for every builder of
-the same data. Then, chunk by chunk: claim it, drop what is there by now, score it in batches of its own, write one
-shard. A builder that is killed loses the shard it was at, and whoever comes next scores that chunk in the same
-batches, so to the same bits.
+Plan: the keys of all rows, each once, longest first, cut into chunks; the same for every builder of the same data.
+Then, some chunks at a time: claim them, drop what is there by now, score each in batches of its own, write a shard. A
+builder that is killed loses the shard it was at, and whoever comes next scores those chunks in the same batches, so to
+the same bits.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from .model import ReferenceModel
 from .rows import MAX_LENGTH, PARTS, Preparation, Row, check_truncation, sequence
 
 WINDOW = 8192  # rows of an iterable data set that are planned together
+_CHUNK = 128  # sequences; what is claimed, and batched, together
+_FLUSH = 30.0  # seconds after which a shard is written though it is not full
 
 
 class BuildOptions(NamedTuple):
@@ -61,21 +63,22 @@ class BuildOptions(NamedTuple):
         return [0, 1, 2, 3] if self.prior else [0, 1]
 
 
-class BuildReport(NamedTuple):
+@dataclass
+class BuildReport:
     """What one build found and did, in sequences."""
 
     name: str  # of the reference
-    sequences: int  # that the data asks for
-    duplicates: int  # of them, that ask for the same key as an earlier one
-    cached: int  # that were there before
-    scored: int  # by this builder
-    elsewhere: int  # by other builders meanwhile
-    shards: int  # that this builder wrote
-    empty: int  # without a token to count (the prompt fills max_length): logp 0
+    sequences: int = 0  # that the data asks for
+    duplicates: int = 0  # of them, that ask for the same key as an earlier one
+    cached: int = 0  # that were there before
+    scored: int = 0  # by this builder
+    elsewhere: int = 0  # by other builders meanwhile
+    empty: int = 0  # without a token to count (the prompt fills max_length): logp 0
+    shards: int = 0  # that this builder wrote
 
     def __str__(self) -> str:
-        empty = f"; {self.empty} have no completion token within max_length" if self.empty else ""
         elsewhere = f", {self.elsewhere} scored by other builders" if self.elsewhere else ""
+        empty = f"; {self.empty} have no completion token within max_length" if self.empty else ""
         return (
             f"{self.name}: {self.sequences} sequences: {self.scored} scored, {self.cached} already there{elsewhere}, "
             f"{self.duplicates} duplicates; {self.shards} shards written{empty}"
@@ -148,27 +151,32 @@ class Builder:
         """
         from tqdm import tqdm
 
-        report = BuildReport(self.named.name, 0, 0, 0, 0, 0, 0, 0)
+        report = BuildReport(self.named.name)
         for first, window in _windows(rows):
-            read = tqdm(
-                window, desc=f"{self.named.name}: reading", unit="row", leave=False, disable=not self._options.progress
-            )
+            read = tqdm(window, self._about("reading"), unit="row", leave=False, disable=not self._options.progress)
             plan = _Plan.of(read, self._prepare, self.named, self._options.parts)
             self._index.refresh()
             missing = self._missing(plan, np.arange(len(plan.keys)))
+            written = self._shards
             scored = self._fill(plan, missing, first, window) if len(missing) else 0
-            unique, refused = len(plan.keys), sum(key.tobytes() in self._refused for key in plan.keys[missing])
-            counts = (plan.total, plan.total - unique, unique - len(missing), scored, len(missing) - scored - refused)
-            report = report._replace(
-                **{k: getattr(report, k) + v for k, v in zip(report._fields[1:6], counts, strict=True)},
-                empty=report.empty + plan.empty,
+            report.sequences += plan.total
+            report.duplicates += plan.total - len(plan.keys)
+            report.cached += len(plan.keys) - len(missing)
+            report.scored += scored
+            report.elsewhere += (
+                len(missing) - scored - sum(key.tobytes() in self._refused for key in plan.keys[missing])
             )
+            report.empty += plan.empty
+            report.shards += self._shards - written
         if self._refused:
             raise CacheError(
                 f"{len(self._refused)} sequences have no finite logp in {self.named.reference.dtype} and were not "
                 f"stored: {', '.join(itertools.islice(self._refused.values(), 20))}"
             )
-        return report._replace(shards=self._shards)
+        return report
+
+    def _about(self, what: str) -> str:
+        return f"{self.named.name}: {what}"
 
     # --- chunks ------------------------------------------------------------------------------------------------------
 
@@ -184,72 +192,66 @@ class Builder:
         """Score the missing rows of a plan, with whoever else is at it; returns how many this process did."""
         from tqdm import tqdm
 
-        size, done = self._options.shard_size, 0
+        size, done, pause = min(_CHUNK, self._options.shard_size), 0, 0.0
         todo = [np.arange(i, min(i + size, len(plan.keys))) for i in np.unique(missing // size) * size]
-        open_ = {int(chunk[0]): int(((missing >= chunk[0]) & (missing <= chunk[-1])).sum()) for chunk in todo}
+        left = {int(chunk[0]): int(((missing >= chunk[0]) & (missing <= chunk[-1])).sum()) for chunk in todo}
         with (
             Claims(self._folder) as claims,
-            tqdm(
-                total=len(missing), desc=f"{self.named.name}: scoring", unit="seq", disable=not self._options.progress
-            ) as bar,
+            tqdm(None, self._about("scoring"), len(missing), unit="seq", disable=not self._options.progress) as bar,
         ):
-            pause = 0.05
             while todo:
                 self._index.refresh()
-                unit, todo, elsewhere = self._claim(plan, todo, claims)
-                for chunk in elsewhere:
-                    bar.update(open_.pop(int(chunk[0])))
-                if not unit:
-                    if todo:  # all that is left is being scored by others
-                        time.sleep(pause)
-                        pause = min(2 * pause, 2.0)
+                claimed, todo, finished = self._claim(plan, todo, claims)
+                for chunk in finished:
+                    bar.update(left.pop(int(chunk[0])))
+                if not claimed and todo:  # all that is left is being scored by others
+                    pause = min(max(2 * pause, 0.05), 2.0)
+                    time.sleep(pause)
                     continue
-                pause = 0.05
+                pause = 0.0
                 # What was finished between our look and our claim is seen now
                 self._index.refresh()
-                left = [self._missing(plan, chunk) for chunk in unit.values()]
-                done += self._write(plan, left, first, window, bar.update)
-                for chunk, rows in zip(unit.values(), left, strict=True):
-                    bar.update(open_.pop(int(chunk[0])) - len(rows))
-                self._index.refresh()  # reads back what was written
-                if any(len(self._missing(plan, rows)) for rows in left):
-                    raise CacheError(f"{self._folder}: cannot read back the shard that was just written")
-                claims.release(list(unit))
+                unit = [self._missing(plan, chunk) for chunk in claimed.values()]
+                for chunk, rows in zip(claimed.values(), unit, strict=True):
+                    bar.update(left.pop(int(chunk[0])) - len(rows))
+                done += self._score(plan, unit, first, window, bar.update)
+                claims.release(list(claimed))
         return done
 
     def _claim(
         self, plan: _Plan, todo: list[np.ndarray], claims: Claims
     ) -> tuple[dict[str, np.ndarray], list[np.ndarray], list[np.ndarray]]:
-        """(claimed chunks with at most a shard to score in all, chunks left, chunks that need nothing any more)"""
-        unit: dict[str, np.ndarray] = {}
+        """(claimed chunks, at most a shard of them; chunks left; chunks that need nothing any more)"""
+        # Less towards the end, so that several builders finish at about the same time
+        limit = min(self._options.shard_size, len(todo) * _CHUNK // 8)
+        claimed: dict[str, np.ndarray] = {}
         left: list[np.ndarray] = []
         finished, size = [], 0
         for i, chunk in enumerate(todo):
             missing = len(self._missing(plan, chunk))
             if not missing:
                 finished.append(chunk)
-            elif size + missing > self._options.shard_size:
-                return unit, left + todo[i:], finished
+            elif claimed and size + missing > limit:
+                left += todo[i:]
+                break
             else:
-                piece = hashlib.blake2b(
-                    plan.keys[chunk].tobytes(), digest_size=16, salt=b"tokens" * self._options.token_logps
-                )
+                piece = hashlib.blake2b(plan.keys[chunk].tobytes(), digest_size=16)
+                piece.update(bytes([self._options.token_logps]))
                 if claims.take(piece.hexdigest()):
-                    unit[piece.hexdigest()] = chunk
+                    claimed[piece.hexdigest()] = chunk
                     size += missing
                 else:
                     left.append(chunk)
-        return unit, left, finished
+        return claimed, left, finished
 
     # --- scoring -----------------------------------------------------------------------------------------------------
 
-    def _write(
-        self, plan: _Plan, chunks: list[np.ndarray], first: int, window: Any, progress: Callable[[int], Any]
+    def _score(
+        self, plan: _Plan, unit: list[np.ndarray], first: int, window: Any, progress: Callable[[int], Any]
     ) -> int:
-        """Score chunks, each in batches of its own, into one shard."""
-        kept: list[int] = []
-        tokens: list[np.ndarray] = []
-        for rows in chunks:
+        """Score chunks, each in batches of its own, and write them; returns how many sequences have a logp now."""
+        done, kept, started = 0, {}, time.monotonic()
+        for number, rows in enumerate(unit, start=1):
             for batch in self._batches(plan, rows, first, window):
                 places = [f"row {first + plan.row[i]} {PARTS[plan.part[i]]}" for i, _ in batch]
                 try:
@@ -258,25 +260,33 @@ class Builder:
                     raise CacheError(f"{self._options.source}, among {', '.join(places)}: {error}") from None
                 for (i, _), place, logps in zip(batch, places, results, strict=True):
                     if np.isfinite(logps).all():
-                        kept.append(i)
-                        tokens.append(logps)
+                        kept[i] = logps
                     else:
                         self._refused[plan.keys[i].tobytes()] = place
                 progress(len(batch))
-        if not kept:
-            return 0
+            if kept and (number == len(unit) or time.monotonic() - started > _FLUSH):
+                self._write(plan, kept, first)
+                done += len(kept)
+                kept, started = {}, time.monotonic()
+        self._index.refresh()  # reads back what was written
+        if any(len(self._missing(plan, rows)) for rows in unit):
+            raise CacheError(f"{self._folder}: cannot read back the shard that was just written")
+        return done
+
+    def _write(self, plan: _Plan, tokens: dict[int, np.ndarray], first: int) -> None:
+        """One shard of rows of the plan."""
+        rows = np.array(list(tokens))
         entries = shard.Shard(
-            plan.keys[kept],
-            np.array([logps.sum(dtype=np.float64) for logps in tokens]),
-            np.array([len(logps) for logps in tokens], np.int32),
-            tokens if self._options.token_logps else None,
+            plan.keys[rows],
+            np.array([logps.sum(dtype=np.float64) for logps in tokens.values()]),
+            np.array([len(logps) for logps in tokens.values()], np.int32),
+            list(tokens.values()) if self._options.token_logps else None,
         )
         name, data = shard.encode(self.named.reference.id, entries)
-        rows, parts = (first + plan.row[kept]).tolist(), plan.part[kept].tolist()
-        self._journal.add(name, [journal.Origin(0, self._options.source, rows, parts)])
+        origin = journal.Origin(0, self._options.source, (first + plan.row[rows]).tolist(), plan.part[rows].tolist())
+        self._journal.add(name, [origin])
         shard.save(self._folder, name, data)
         self._shards += 1
-        return len(kept)
 
     def _batches(self, plan: _Plan, rows: np.ndarray, first: int, window: Any) -> Iterator[list[tuple[int, Sequence]]]:
         """(row of the plan, its sequence), longest first, as many as batch_tokens holds."""

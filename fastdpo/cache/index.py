@@ -88,10 +88,11 @@ class Index:
         shards: folder of its shards.
         files_in: folder of its index files; None: neither read nor write any.
         reference: its id.
+        rounding: relative difference up to which two logps of one key agree.
     """
 
-    def __init__(self, shards: Path, files_in: Path | None, reference: str) -> None:
-        self.folder, self._files_in, self._reference = shards, files_in, reference
+    def __init__(self, shards: Path, files_in: Path | None, reference: str, rounding: float = 0.0) -> None:
+        self.folder, self._files_in, self._reference, self._rounding = shards, files_in, reference, rounding
         self.damaged: dict[str, str] = {}  # name of a shard -> why it was not read
         self._replaced: set[str] = set()  # names of shards that others have taken the place of
         self._reset()
@@ -209,7 +210,9 @@ class Index:
 
     def _note(self, a: _Run, rows: np.ndarray, b: _Run, others: np.ndarray) -> None:
         """Entries `rows` of a have the keys of entries `others` of b."""
-        agree = (a.logp[rows] == b.logp[others]) & (a.counts[rows] == b.counts[others])
+        mine, theirs = a.logp[rows], b.logp[others]
+        near = np.abs(mine - theirs) <= self._rounding * np.maximum(1.0, np.abs(theirs))
+        agree = near & (a.counts[rows] == b.counts[others])
         self.duplicates |= a.keys(rows[agree])
         self.conflicts |= a.keys(rows[~agree])
 

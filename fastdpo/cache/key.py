@@ -32,6 +32,11 @@ class Reference:
     softcap: float | None
     logit_scale: float
 
+    @property
+    def rounding(self) -> float:
+        """How far apart two scorings of one sequence may be, relative to its logp: batches and machines differ."""
+        return {"float16": 2e-3, "bfloat16": 2e-2}.get(self.autocast or self.dtype, 1e-5)
+
     @functools.cached_property
     def id(self) -> str:
         """32 hex digits; also the name of the folder of its shards."""

@@ -151,7 +151,7 @@ class ReferenceCache:
         self._manifest.create()
         named = self._manifest.put(named, options.replace_name)
         folder = self.shards(named)
-        index = upkeep.repair(folder, named.reference.id)
+        index = upkeep.repair(folder, named.reference)
         return Builder(folder, index, model, named, prepare, options)
 
     # --- read --------------------------------------------------------------------------------------------------------
@@ -164,7 +164,9 @@ class ReferenceCache:
         """Its entries, as far as they were there when it was last refreshed."""
         reference = named.reference.id
         if reference not in self._indexes:
-            self._indexes[reference] = Index(self.shards(named), self.path / "index" / reference, reference)
+            self._indexes[reference] = Index(
+                self.shards(named), self.path / "index" / reference, reference, named.reference.rounding
+            )
             self._indexes[reference].refresh()
         return self._indexes[reference]
 
@@ -305,7 +307,7 @@ class ReferenceCache:
             CacheError: a name that stands for another reference there.
         """
         taken = [upkeep.take_in(self.path, self._manifest, ReferenceCache(other).path) for other in others]
-        merged = [upkeep.compact(self.shards(named), named.reference.id) for named in self.references.values()]
+        merged = [upkeep.compact(self.shards(named), named.reference) for named in self.references.values()]
         return upkeep.Merged(sum(taken), sum(before for before, _ in merged), sum(after for _, after in merged))
 
     def gc(self, drop: SequenceOf[str] = (), *, dry_run: bool = False) -> list[Path]:

@@ -19,6 +19,7 @@ import numpy as np
 from . import claims, files, index, journal, shard
 from .errors import CacheError
 from .index import Index
+from .key import Reference
 from .manifest import Manifest, NamedReference
 
 DAMAGED = ".damaged"  # suffix that takes a shard out of use
@@ -59,7 +60,7 @@ class Merged(NamedTuple):
 
 def about(named: NamedReference, folder: Path) -> About:
     """Count what a folder of shards holds."""
-    entries = _read(folder, named.reference.id)
+    entries = _read(folder, named.reference)
     sizes = 0
     for path in folder.glob(f"*{shard.SUFFIX}"):
         with contextlib.suppress(OSError):
@@ -75,13 +76,15 @@ def verify(root: Path, manifest: Manifest) -> list[Finding]:
     """Read every shard of every reference below `root`; changes nothing."""
     findings = []
     manifest.check()
+    named: dict[str, Reference] = {}
     for path in sorted((root / "references").glob("*.json")):
         try:
-            manifest.get(path.stem)
+            reference = manifest.get(path.stem).reference
+            named[reference.id] = reference
         except CacheError as error:
             findings.append(Finding(str(path.relative_to(root)), str(error), ""))
     for folder in sorted(path for path in (root / "shards").glob("*") if path.is_dir()):
-        found, origins = _read(folder, folder.name), journal.read(folder)
+        found, origins = _read(folder, named.get(folder.name, folder.name)), journal.read(folder)
         for name, why in sorted(found.damaged.items()):
             rows = journal.describe(origins.get(name, []))
             findings.append(Finding(_where(root, folder, name), why.partition(": ")[2], rows))
@@ -100,9 +103,10 @@ def _where(root: Path, folder: Path, name: str) -> str:
     return str((folder / f"{name}{shard.SUFFIX}").relative_to(root))
 
 
-def _read(folder: Path, reference: str) -> Index:
-    """Of the shards themselves, every byte of them."""
-    found = Index(folder, None, reference)
+def _read(folder: Path, reference: Reference | str) -> Index:
+    """The shards themselves, every byte of them. Of a reference without a name, only the id is known."""
+    known = (reference, 0.0) if isinstance(reference, str) else (reference.id, reference.rounding)
+    found = Index(folder, None, *known)
     found.refresh()
     return found
 
@@ -110,7 +114,7 @@ def _read(folder: Path, reference: str) -> Index:
 # --- repair, merge ---------------------------------------------------------------------------------------------------
 
 
-def repair(folder: Path, reference: str) -> Index:
+def repair(folder: Path, reference: Reference) -> Index:
     """Take damaged shards and disagreeing or doubled entries out of use, so that a build computes what is missing.
 
     Returns an index of what is left, read from the shards. May run while others build.
@@ -122,7 +126,7 @@ def repair(folder: Path, reference: str) -> Index:
             os.replace(path, path.with_name(path.name + DAMAGED))
     if found.conflicts or found.duplicates:
         for number in range(len(found.shards)):
-            _rewrite(found, [number], reference)
+            _rewrite(found, [number], reference.id)
         found = _read(folder, reference)
     return found
 
@@ -135,7 +139,7 @@ def take_in(root: Path, manifest: Manifest, other: Path) -> int:
         manifest.create()
         manifest.put(named, overwrite=False)
         source, target = (path / "shards" / named.reference.id for path in (other, root))
-        found = _read(source, named.reference.id)
+        found = _read(source, named.reference)
         if found.damaged:
             raise CacheError(f"{other}: {len(found.damaged)} damaged shards; build or verify it first")
         for path in source.glob(f"*{journal.SUFFIX}"):
@@ -148,7 +152,7 @@ def take_in(root: Path, manifest: Manifest, other: Path) -> int:
     return taken
 
 
-def compact(folder: Path, reference: str) -> tuple[int, int]:
+def compact(folder: Path, reference: Reference) -> tuple[int, int]:
     """Put small shards together, each entry once; returns how many there were and are. May run while others build."""
     found = _read(folder, reference)
     before = len(found.shards)
@@ -162,7 +166,7 @@ def compact(folder: Path, reference: str) -> tuple[int, int]:
         sizes[info.has_tokens] += size
         groups[info.has_tokens][-1].append(number)
     for group in (group for of_kind in groups.values() for group in of_kind):
-        _rewrite(found, group, reference)
+        _rewrite(found, group, reference.id)
     return before, len(_read(folder, reference).shards)
 
 

@@ -83,7 +83,7 @@ class CachedReferenceTrainer(DPOTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """As `trl.DPOTrainer.evaluate`; a cache serves new data after the first step too, where TRL has no reference."""
+        """As `trl.DPOTrainer.evaluate`; with a cache also on new data after the first step."""
         if self._cache is None or eval_dataset is None or isinstance(eval_dataset, str):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if isinstance(eval_dataset, dict):
