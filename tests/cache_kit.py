@@ -80,7 +80,11 @@ def shard_paths(cache: ReferenceCache) -> list[Path]:
 def processes() -> Any:
     """Processes that start at once: forked from a server that has imported everything and run nothing."""
     context = multiprocessing.get_context("forkserver")
-    heavy = ("trl.trainer.dpo_trainer", "transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto")
+    heavy = (
+        "trl.trainer.dpo_trainer",
+        "transformers.models.llama.modeling_llama",
+        "transformers.models.auto.modeling_auto",
+    )
     context.set_forkserver_preload(["fastdpo.cache", "fastdpo.demo_task", "tokenizers", "peft", "accelerate", *heavy])
     return context
 

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..train_data import DataError, read_pairs
+from ..train_data import read_pairs
 from .build import BuildOptions
-from .errors import CacheError
 from .model import DTYPES
 from .rows import load_tokenizer
 from .store import ReferenceCache
@@ -24,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return arguments.run(ReferenceCache(arguments.cache), arguments)
-    except (CacheError, DataError, OSError) as error:
+    except (ValueError, OSError) as error:  # CacheError, DataError, and what options.py raises
         print(f"fastdpo cache {arguments.command}: {error}", file=sys.stderr)
         return 1
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -30,7 +30,8 @@ _SCHEMA = {
 }
 
 
-class Shard(NamedTuple):
+@dataclass(frozen=True)
+class Shard:
     """n entries of one reference."""
 
     keys: np.ndarray  # uint8 [n, 16]

@@ -14,10 +14,10 @@ import numpy as np
 from ..train_data import read_pairs
 from . import columns, rows, upkeep
 from .build import Builder, BuildOptions, BuildReport, untouched_random_state
-from .errors import CacheError, MissingEntry
+from .errors import CacheError, DamagedShard, MissingEntry
 from .index import Index
 from .key import KEY_BYTES
-from .manifest import Manifest, NamedReference
+from .manifest import Manifest, NamedReference, check_name
 from .model import ReferenceModel
 from .rows import MAX_LENGTH, Preparation, Row
 
@@ -132,6 +132,7 @@ class ReferenceCache:
 
     def _builder(self, model: ReferenceModel, tokenizer: Any, first: Row, name: str, options: BuildOptions) -> Builder:
         options.check()
+        check_name(name)
         prefix = None if tokenizer is None else rows.prior_prefix(tokenizer)
         if options.prior and prefix is None:
             raise CacheError("prior: needs a tokenizer with a beginning or an end of text, for the empty prompt")
@@ -199,22 +200,22 @@ class ReferenceCache:
             if there.all():
                 try:
                     return Entries(found.logp, found.counts, index.token_logps(found) if token_logps else [])
-                except (FileNotFoundError, CacheError):  # merged meanwhile, or damaged since
+                except (FileNotFoundError, DamagedShard):  # merged meanwhile, or damaged since
                     if last_try:
                         raise
             if not last_try:
                 index.refresh()
         gone = np.flatnonzero(~there)
-        names = [str(i) if places is None else places[i] for i in gone[:20]]
+        names = ", ".join(str(i) if places is None else places[i] for i in gone[:20])
+        more = f" and {len(gone) - 20} more" if len(gone) > 20 else ""
+        what = f"reference {named.name!r} of {self.path}{' with token logps' if token_logps else ''}"
+        built = self.reference(named.name)
+        damage = f"; {len(index.damaged)} of its shards are damaged" if index.damaged else ""
+        damage += f"; {len(index.conflicts)} of its entries disagree" if index.conflicts else ""
         raise MissingEntry(
-            f"{', '.join(names)}{f' and {len(gone) - 20} more' if len(gone) > 20 else ''} of {len(keys)}: "
-            f"not in reference {named.name!r} of {self.path}"
-            + (" with token logps" if token_logps else "")
-            + f", which was last built with max_length {named.max_length}, {named.truncation_mode}, "
-            f"tokenizer {named.tokenizer or 'none'}"
-            + (f"; {len(index.damaged)} of its shards are damaged" if index.damaged else "")
-            + (f"; {len(index.conflicts)} of its entries disagree" if index.conflicts else "")
-            + ". Build them, or change what the rows are tokenized with"
+            f"{names}{more} of {len(keys)}: not in {what}, which was last built with max_length {built.max_length}, "
+            f"{built.truncation_mode}, tokenizer {built.tokenizer or 'none'}{damage}. Build with this data and these "
+            "settings first"
         )
 
     def attach(
