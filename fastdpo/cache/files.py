@@ -10,16 +10,17 @@ from pathlib import Path
 TEMPORARY = ".tmp"  # suffix of what is being written; a killed writer leaves it, `gc` removes it
 
 
-def write(path: Path, data: bytes) -> None:
-    """Create or replace `path` in one step. Once this returns, a crash of the machine does not lose it."""
-    temporary = _temporary(path, data)
+def write(path: Path, data: bytes | memoryview, *, sync: bool = True) -> None:
+    """Create or replace `path` in one step. With `sync`, a crash of the machine does not lose it once this returns."""
+    temporary = _temporary(path, data, sync)
     os.replace(temporary, path)
-    _sync_folder(path.parent)
+    if sync:
+        _sync_folder(path.parent)
 
 
 def write_new(path: Path, data: bytes) -> bool:
     """Create `path` in one step; False if it is there already. Of several writers, on any machine, one succeeds."""
-    temporary = _temporary(path, data)
+    temporary = _temporary(path, data, True)
     try:
         # A hard link is the one step that also NFS makes or refuses as a whole
         os.link(temporary, path)
@@ -37,14 +38,15 @@ def write_new(path: Path, data: bytes) -> bool:
     return True
 
 
-def _temporary(path: Path, data: bytes) -> Path:
+def _temporary(path: Path, data: bytes | memoryview, sync: bool) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{uuid.uuid4().hex}{TEMPORARY}"
     try:
         with temporary.open("xb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -248,22 +248,24 @@ class Index:
         known = 0 if base is None else len(base.hi)
         if fresh is None or len(fresh.hi) < max(_WORTH_A_FILE, _GROWTH * known):
             return
-        conflicts, duplicates = set(self.conflicts), set(self.duplicates)
-        self._base, self._fresh = self._sorted(self._runs()), None
-        self.conflicts, self.duplicates = conflicts, duplicates
+        if base is not None:
+            conflicts, duplicates = set(self.conflicts), set(self.duplicates)
+            fresh = self._sorted([base, fresh])
+            self.conflicts, self.duplicates = conflicts, duplicates  # were noted when they were read
+        self._base, self._fresh = fresh, None
         if self._files_in is None:
             return
         about = {
             "format": 1,
             "reference": self._reference,
             "shards": self.shards,
-            "conflicts": sorted(key.hex() for key in conflicts),
+            "conflicts": sorted(key.hex() for key in self.conflicts),
         }
         table = pa.table(self._base._asdict()).replace_schema_metadata({_METADATA: json.dumps(about).encode()})
         sink = pa.BufferOutputStream()
         with pa.ipc.new_file(sink, table.schema) as writer:
             writer.write_table(table)
-        data = sink.getvalue().to_pybytes()
+        data = memoryview(sink.getvalue())
         with contextlib.suppress(OSError):  # a folder that cannot be written serves from memory
-            files.write(self._files_in / f"{hashlib.sha256(data).hexdigest()}{SUFFIX}", data)
+            files.write(self._files_in / f"{hashlib.sha256(data).hexdigest()}{SUFFIX}", data, sync=False)
             self._load({info.name for info in self.shards})

@@ -128,7 +128,10 @@ class ReferenceCache:
         )
         with untouched_random_state():
             first, every = _peek(data)
-            return self._builder(ReferenceModel(model, **model_keywords), tokenizer, first, name, options).run(every)
+            builder = self._builder(ReferenceModel(model, **model_keywords), tokenizer, first, name, options)
+            report = builder.run(every)
+        self.index(builder.named).refresh()  # whoever reads next finds an index file, if it is worth one
+        return report
 
     def _builder(self, model: ReferenceModel, tokenizer: Any, first: Row, name: str, options: BuildOptions) -> Builder:
         options.check()
