@@ -410,3 +410,16 @@ def test_scorer_alone(tiny):
     none, part = reference.scorer([Sequence(ids, np.zeros(7, np.bool_)), Sequence(ids, ids > 5)])
     assert none.shape == (0,)
     np.testing.assert_allclose(part, whole[-3:], rtol=1e-5)
+
+
+def test_computing_into_an_empty_cache_and_as_built(tiny, cache):
+    keywords = {"tokenizer": kit.tokenizer_of(tiny), "on_miss": "compute", "model": tiny, "progress": False}
+    cache.attach(PAIRS[:2], **keywords, max_length=9)
+    assert cache.reference().max_length == 9
+    cache.attach(PAIRS[2:4], **keywords)
+    assert cache.reference().max_length == 9, "as it was built"
+    assert len(kit.entries(cache)) == 8
+    cache.attach(PAIRS[:1], "other", **keywords, dtype="bfloat16")
+    assert sorted(cache.references) == ["other", "reference"]
+    with pytest.raises(CacheError, match="name: 'other' is another reference"):
+        cache.attach(PAIRS[:1], "other", **keywords)

@@ -90,6 +90,16 @@ def test_build_repairs_just_what_verify_finds(run, tmp_path):
     assert not list(cache.path.rglob("*.damaged"))
 
 
+def test_build_repairs_a_manifest(run, tmp_path):
+    run("build")
+    path = tmp_path / "cache" / "references" / "reference.json"
+    path.write_text(path.read_text().replace('"temperature": 1.0', '"temperature": 2.0'))
+    code, out, _ = run("verify")
+    assert (code, "references/reference.json" in out) == (1, True)
+    assert "0 scored, 20 already there" in run("build")[1]
+    assert run("verify")[0] == 0
+
+
 def test_build_repairs_entries_that_disagree(run, tmp_path):
     import numpy as np
 

@@ -322,7 +322,7 @@ def test_a_folder_that_cannot_be_written_is_read(tmp_path, small_files, monkeypa
     part = entries(30)
     cache = cache_of(tmp_path, part)
 
-    def refuse(*_):
+    def refuse(*_, **__):
         raise PermissionError("read-only")
 
     monkeypatch.setattr(index_module.files, "write", refuse)
@@ -512,3 +512,26 @@ def test_an_index_is_of_one_reference(tmp_path):
     index = Index(tmp_path, None, "0" * 32)
     index.refresh()
     assert len(index) == 0 and len(index.damaged) == 1
+
+
+def test_a_shard_that_is_written_again_is_read_again(tmp_path):
+    """Scored again in the same batches, it has the bytes and so the name of the one that was damaged or merged."""
+    parts = [entries(10, seed) for seed in range(2)]
+    cache = cache_of(tmp_path, *parts)
+    path = cache.shards(NAMED) / f"{shard.encode(REFERENCE.id, parts[0])[0]}.parquet"
+    right = path.read_bytes()
+    path.write_bytes(b"")
+    with pytest.raises(MissingEntry, match="1 of its shards are damaged"):
+        cache.lookup(parts[0].keys)
+    path.write_bytes(right)
+    cache.lookup(parts[0].keys)
+    cache.merge()
+    cache.lookup(parts[0].keys)
+    for merged in cache.shards(NAMED).glob("*.parquet"):
+        merged.unlink()
+    path.write_bytes(right)
+    with pytest.raises(MissingEntry):
+        cache.lookup(entries(1, seed=9).keys)  # so it looks at the folder
+    with pytest.raises(MissingEntry):
+        cache.lookup(parts[1].keys)
+    np.testing.assert_array_equal(cache.lookup(parts[0].keys).logp, parts[0].logp)

@@ -13,10 +13,10 @@ import hashlib
 import itertools
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,93 +28,29 @@ from .index import Index
 from .key import Sequence, as_array, halves
 from .manifest import NamedReference
 from .model import ReferenceModel
-from .rows import MAX_LENGTH, PARTS, Preparation, Row, check_truncation, sequence
+from .options import BuildOptions, BuildReport
+from .rows import PARTS, Preparation, Row, sequence
 
 WINDOW = 8192  # rows of an iterable data set that are planned together
 _CHUNK = 128  # sequences; what is claimed, and batched, together
 _FLUSH = 30.0  # seconds after which a shard is written though it is not full
 
 
-class BuildOptions(NamedTuple):
-    """How to build: the keywords of `ReferenceCache.build`, where they are explained."""
-
-    max_length: int | None = MAX_LENGTH
-    truncation_mode: str = "keep_start"
-    prior: bool = False
-    token_logps: bool = False
-    shard_size: int = 512
-    batch_tokens: int = 8192
-    source: str = "data"
-    replace_name: bool = False
-    progress: bool = True
-
-    def check(self) -> BuildOptions:
-        """Raise CacheError for a value out of range."""
-        check_truncation(self.max_length, self.truncation_mode)
-        for name in ("shard_size", "batch_tokens"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise CacheError(f"{name}: expected an int above 0, got {value!r}")
-        return self
-
-    @property
-    def parts(self) -> list[int]:
-        """Indices into rows.PARTS."""
-        return [0, 1, 2, 3] if self.prior else [0, 1]
-
-
-@dataclass
-class BuildReport:
-    """What one build found and did, in sequences."""
-
-    name: str  # of the reference
-    sequences: int = 0  # that the data asks for
-    duplicates: int = 0  # of them, that ask for the same key as an earlier one
-    cached: int = 0  # that were there before
-    scored: int = 0  # by this builder
-    elsewhere: int = 0  # by other builders meanwhile
-    empty: int = 0  # without a token to count (the prompt fills max_length): logp 0
-    shards: int = 0  # that this builder wrote
-
-    def __str__(self) -> str:
-        elsewhere = f", {self.elsewhere} scored by other builders" if self.elsewhere else ""
-        empty = f"; {self.empty} have no completion token within max_length" if self.empty else ""
-        return (
-            f"{self.name}: {self.sequences} sequences: {self.scored} scored, {self.cached} already there{elsewhere}, "
-            f"{self.duplicates} duplicates; {self.shards} shards written{empty}"
-        )
-
-
 @dataclass
 class _Plan:
     """n sequences to have, each key once, longest first."""
 
+    rows: Any  # of the data, to be indexed
+    first: int  # the number of rows[0]
     keys: np.ndarray  # uint8 [n, 16]
-    row: np.ndarray  # int64 [n], within the window
+    row: np.ndarray  # int64 [n], into `rows`
     part: np.ndarray  # int64 [n], index into PARTS
     total: int  # sequences, duplicates included
     empty: int
 
-    @classmethod
-    def of(cls, rows: Iterable[Row], prepare: Preparation, named: NamedReference, parts: list[int]) -> _Plan:
-        keys, places, lengths, empty = [], [], [], 0
-        for number, row in enumerate(rows):
-            prepared = prepare(row)
-            for part in parts:
-                found = sequence(prepared, part, named.max_length, named.truncation_mode, named.prior_prefix)
-                keys.append(found.key(named.reference))
-                lengths.append(len(found.ids))
-                places.append((number, part))
-                empty += not found.counted.any()
-        if not keys:
-            none = np.zeros(0, np.int64)
-            return cls(as_array([]), none, none, 0, 0)
-        every = as_array(keys)
-        _, first = np.unique(every.view("S16"), return_index=True)  # fixed width: trailing zeros do not matter
-        hi, lo = halves(every[first])
-        order = first[np.lexsort((lo, hi, -np.array(lengths, np.int64)[first]))]
-        row_, part_ = np.array(places, np.int64).reshape(-1, 2)[order].T
-        return cls(every[order], row_, part_, len(keys), empty)
+    def place(self, i: int) -> str:
+        """What to call sequence i."""
+        return f"row {self.first + self.row[i]} {PARTS[self.part[i]]}"
 
 
 class Builder:
@@ -149,16 +85,13 @@ class Builder:
         Raises:
             CacheError: rows whose logp is not finite, after all others were scored; rows that the model cannot score.
         """
-        from tqdm import tqdm
-
         report = BuildReport(self.named.name)
         for first, window in _windows(rows):
-            read = tqdm(window, self._about("reading"), unit="row", leave=False, disable=not self._options.progress)
-            plan = _Plan.of(read, self._prepare, self.named, self._options.parts)
+            plan = self._plan(window, first)
             self._index.refresh()
             missing = self._missing(plan, np.arange(len(plan.keys)))
             written = self._shards
-            scored = self._fill(plan, missing, first, window) if len(missing) else 0
+            scored = self._fill(plan, missing) if len(missing) else 0
             report.sequences += plan.total
             report.duplicates += plan.total - len(plan.keys)
             report.cached += len(plan.keys) - len(missing)
@@ -175,8 +108,33 @@ class Builder:
             )
         return report
 
-    def _about(self, what: str) -> str:
-        return f"{self.named.name}: {what}"
+    def _plan(self, rows: Any, first: int) -> _Plan:
+        keys, places, lengths, empty = [], [], [], 0
+        for number, row in enumerate(self._bar(rows, "reading", unit="row", leave=False)):
+            prepared = self._prepare(row)
+            for part in self._options.parts:
+                found = self._sequence(prepared, part)
+                keys.append(found.key(self.named.reference))
+                lengths.append(len(found.ids))
+                places.append((number, part))
+                empty += not found.counted.any()
+        every = as_array(keys)
+        hi, lo = halves(every)
+        # Of equal keys, the first row comes first
+        order = np.lexsort((lo, hi, -np.array(lengths, np.int64)))
+        again = np.zeros(len(order), np.bool_)
+        again[1:] = (hi[order[1:]] == hi[order[:-1]]) & (lo[order[1:]] == lo[order[:-1]])
+        order = order[~again]
+        row_, part_ = np.array(places, np.int64).reshape(-1, 2)[order].T
+        return _Plan(rows, first, every[order], row_, part_, len(keys), empty)
+
+    def _sequence(self, prepared: Row, part: int) -> Sequence:
+        return sequence(prepared, part, self.named.max_length, self.named.truncation_mode, self.named.prior_prefix)
+
+    def _bar(self, over: Any, what: str, **keywords: Any) -> Any:
+        from tqdm import tqdm
+
+        return tqdm(over, f"{self.named.name}: {what}", disable=not self._options.progress, **keywords)
 
     # --- chunks ------------------------------------------------------------------------------------------------------
 
@@ -188,17 +146,12 @@ class Builder:
             there = there | [plan.keys[i].tobytes() in self._refused for i in rows]
         return rows[~there]
 
-    def _fill(self, plan: _Plan, missing: np.ndarray, first: int, window: Any) -> int:
+    def _fill(self, plan: _Plan, missing: np.ndarray) -> int:
         """Score the missing rows of a plan, with whoever else is at it; returns how many this process did."""
-        from tqdm import tqdm
-
         size, done, pause = min(_CHUNK, self._options.shard_size), 0, 0.0
         todo = [np.arange(i, min(i + size, len(plan.keys))) for i in np.unique(missing // size) * size]
         left = {int(chunk[0]): int(((missing >= chunk[0]) & (missing <= chunk[-1])).sum()) for chunk in todo}
-        with (
-            Claims(self._folder) as claims,
-            tqdm(None, self._about("scoring"), len(missing), unit="seq", disable=not self._options.progress) as bar,
-        ):
+        with Claims(self._folder) as claims, self._bar(None, "scoring", total=len(missing), unit="seq") as bar:
             while todo:
                 self._index.refresh()
                 claimed, todo, finished = self._claim(plan, todo, claims)
@@ -214,7 +167,7 @@ class Builder:
                 unit = [self._missing(plan, chunk) for chunk in claimed.values()]
                 for chunk, rows in zip(claimed.values(), unit, strict=True):
                     bar.update(left.pop(int(chunk[0])) - len(rows))
-                done += self._score(plan, unit, first, window, bar.update)
+                done += self._score(plan, unit, bar.update)
                 claims.release(list(claimed))
         return done
 
@@ -246,26 +199,24 @@ class Builder:
 
     # --- scoring -----------------------------------------------------------------------------------------------------
 
-    def _score(
-        self, plan: _Plan, unit: list[np.ndarray], first: int, window: Any, progress: Callable[[int], Any]
-    ) -> int:
+    def _score(self, plan: _Plan, unit: list[np.ndarray], progress: Callable[[int], Any]) -> int:
         """Score chunks, each in batches of its own, and write them; returns how many sequences have a logp now."""
         done, kept, started = 0, {}, time.monotonic()
         for number, rows in enumerate(unit, start=1):
-            for batch in self._batches(plan, rows, first, window):
-                places = [f"row {first + plan.row[i]} {PARTS[plan.part[i]]}" for i, _ in batch]
+            for batch in self._batches(plan, rows):
                 try:
                     results = self._model.scorer([found for _, found in batch])
                 except CacheError as error:
-                    raise CacheError(f"{self._options.source}, among {', '.join(places)}: {error}") from None
-                for (i, _), place, logps in zip(batch, places, results, strict=True):
+                    places = ", ".join(plan.place(i) for i, _ in batch)
+                    raise CacheError(f"{self._options.source}, among {places}: {error}") from None
+                for (i, _), logps in zip(batch, results, strict=True):
                     if np.isfinite(logps).all():
                         kept[i] = logps
                     else:
-                        self._refused[plan.keys[i].tobytes()] = place
+                        self._refused[plan.keys[i].tobytes()] = plan.place(i)
                 progress(len(batch))
             if kept and (number == len(unit) or time.monotonic() - started > _FLUSH):
-                self._write(plan, kept, first)
+                self._write(plan, kept)
                 done += len(kept)
                 kept, started = {}, time.monotonic()
         self._index.refresh()  # reads back what was written
@@ -273,7 +224,7 @@ class Builder:
             raise CacheError(f"{self._folder}: cannot read back the shard that was just written")
         return done
 
-    def _write(self, plan: _Plan, tokens: dict[int, np.ndarray], first: int) -> None:
+    def _write(self, plan: _Plan, tokens: dict[int, np.ndarray]) -> None:
         """One shard of rows of the plan."""
         rows = np.array(list(tokens))
         entries = shard.Shard(
@@ -283,24 +234,22 @@ class Builder:
             list(tokens.values()) if self._options.token_logps else None,
         )
         name, data = shard.encode(self.named.reference.id, entries)
-        origin = journal.Origin(0, self._options.source, (first + plan.row[rows]).tolist(), plan.part[rows].tolist())
-        self._journal.add(name, [origin])
+        numbers, parts = (plan.first + plan.row[rows]).tolist(), plan.part[rows].tolist()
+        self._journal.add(name, [journal.Origin(0, self._options.source, numbers, parts)])
         shard.save(self._folder, name, data)
         self._shards += 1
 
-    def _batches(self, plan: _Plan, rows: np.ndarray, first: int, window: Any) -> Iterator[list[tuple[int, Sequence]]]:
+    def _batches(self, plan: _Plan, rows: np.ndarray) -> Iterator[list[tuple[int, Sequence]]]:
         """(row of the plan, its sequence), longest first, as many as batch_tokens holds."""
-        named, prepared = self.named, {}
+        prepared: dict[int, Row] = {}
         batch: list[tuple[int, Sequence]] = []
         for i in rows:
             number = int(plan.row[i])
             if number not in prepared:
-                prepared[number] = self._prepare(window[number])
-            found = sequence(
-                prepared[number], plan.part[i], named.max_length, named.truncation_mode, named.prior_prefix
-            )
-            if found.key(named.reference) != plan.keys[i].tobytes():
-                raise CacheError(f"{self._options.source}: row {first + number} changed while it was read")
+                prepared[number] = self._prepare(plan.rows[number])
+            found = self._sequence(prepared[number], plan.part[i])
+            if found.key(self.named.reference) != plan.keys[i].tobytes():
+                raise CacheError(f"{self._options.source}: {plan.place(i)} changed while it was read")
             if batch and (len(batch) + 1) * len(batch[0][1].ids) > self._options.batch_tokens:
                 yield batch
                 batch = []

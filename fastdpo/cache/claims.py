@@ -93,7 +93,7 @@ def live(folder: Path) -> list[Path]:
     """Claims that may be at work: those of processes of this machine that run, and those touched within LEASE."""
     found = []
     for path in folder.glob(f"*{SUFFIX}"):
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             owner, age = json.loads(path.read_bytes()), time.time() - path.stat().st_mtime
             same = owner["host"] == _host()
             if _process(owner["pid"])["started"] == owner["started"] if same else age < LEASE:

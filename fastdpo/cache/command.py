@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..train_data import read_pairs
-from .build import BuildOptions
 from .model import DTYPES
+from .options import BuildOptions
 from .rows import load_tokenizer
 from .store import ReferenceCache
 

@@ -94,7 +94,6 @@ class Index:
     def __init__(self, shards: Path, files_in: Path | None, reference: str, rounding: float = 0.0) -> None:
         self.folder, self._files_in, self._reference, self._rounding = shards, files_in, reference, rounding
         self.damaged: dict[str, str] = {}  # name of a shard -> why it was not read
-        self._replaced: set[str] = set()  # names of shards that others have taken the place of
         self._reset()
 
     def _reset(self) -> None:
@@ -140,13 +139,16 @@ class Index:
         """Take in what was written, merged or removed since."""
         paths = self.folder.glob(f"*{shard.SUFFIX}") if self.folder.is_dir() else ()
         listed = {path.name.removesuffix(shard.SUFFIX) for path in paths}
+        if not {info.name for info in self.shards} <= listed:
+            self._reset()
         if not self.shards:
             self._load(listed)
-        self.damaged = {name: why for name, why in self.damaged.items() if name in listed}
+        self.damaged = {}  # a shard of the same name may have been written again since
         self._read(listed)
-        if not {info.name for info in self.shards} <= listed - self._replaced:
+        replaced = {name for info in self.shards for name in info.replaces}
+        if not replaced.isdisjoint(info.name for info in self.shards):
             self._reset()
-            self._read(listed)
+            self._read(listed - replaced)
         self._save()
 
     # --- from shards -------------------------------------------------------------------------------------------------
@@ -160,7 +162,8 @@ class Index:
     def _read(self, listed: set[str]) -> None:
         """Add the shards that are not known yet."""
         runs = [] if self._fresh is None else [self._fresh]
-        for name in sorted(listed - {info.name for info in self.shards} - set(self.damaged) - self._replaced):
+        known = {name for info in self.shards for name in (info.name, *info.replaces)}
+        for name in sorted(listed - known):
             try:
                 part = shard.read(self._path(name), self._reference)
             except DamagedShard as error:
@@ -170,7 +173,6 @@ class Index:
                 continue
             number, n = len(self.shards), len(part)
             self.shards.append(ShardInfo(name, n, part.token_logps is not None, part.replaces))
-            self._replaced.update(part.replaces)
             rows = np.arange(n, dtype=np.int32)
             runs.append(_Run(*halves(part.keys), part.logp, part.counts, np.full(n, number, np.int32), rows))
         if len(runs) > (self._fresh is not None):
@@ -239,7 +241,6 @@ class Index:
                 self._base = _Run(*(table[name].chunk(0).to_numpy(zero_copy_only=True) for name in _Run._fields))
                 self.shards = shards
                 self.conflicts = {bytes.fromhex(key) for key in about["conflicts"]}
-                self._replaced.update(*(info.replaces for info in shards))
                 return
 
     def _save(self) -> None:

@@ -87,24 +87,27 @@ class Manifest:
             CacheError: the name is another reference's, and not to be overwritten.
         """
         path = self._names / f"{check_name(named.name)}.json"
-        if path.exists() or not files.write_new(path, _dump(named)):
+        if not path.exists() and files.write_new(path, _dump(named)):
+            return named
+        try:
             before = self.get(named.name)
-            if before.reference == named.reference:
-                named = replace(
-                    named, prior=named.prior or before.prior, token_logps=named.token_logps or before.token_logps
-                )
-            elif not overwrite:
-                pairs = {
-                    field.name: (getattr(before.reference, field.name), getattr(named.reference, field.name))
-                    for field in fields(Reference)
-                }
-                differ = [f"{field} was {old}, is {new}" for field, (old, new) in pairs.items() if old != new]
-                raise CacheError(
-                    f"name: {named.name!r} is another reference of {self._file.parent} ({'; '.join(differ)}); "
-                    "choose another name, or replace it"
-                )
-            if before != named:
-                files.write(path, _dump(named))
+        except CacheError:  # damaged: it is given anew
+            before = None
+        if before is not None and before.reference == named.reference:
+            prior, token_logps = named.prior or before.prior, named.token_logps or before.token_logps
+            named = replace(named, prior=prior, token_logps=token_logps)
+        elif before is not None and not overwrite:
+            differ = [
+                f"{field.name} was {getattr(before.reference, field.name)}, is {getattr(named.reference, field.name)}"
+                for field in fields(Reference)
+                if getattr(before.reference, field.name) != getattr(named.reference, field.name)
+            ]
+            raise CacheError(
+                f"name: {named.name!r} is another reference of {self._file.parent} ({'; '.join(differ)}); "
+                "choose another name, or replace it"
+            )
+        if before != named:
+            files.write(path, _dump(named))
         return named
 
     def drop(self, name: str) -> None:

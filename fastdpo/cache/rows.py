@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
+import os
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +20,7 @@ from unittest import mock
 
 import numpy as np
 
-from ..train_data import plain_chat_template
+from ..train_data import plain_chat_template, read_pairs
 from .errors import CacheError
 from .key import Sequence
 
@@ -122,8 +124,13 @@ def prior_prefix(tokenizer: Any) -> int | None:
 
 def vocabulary(tokenizer: Any) -> str:
     """A hash of which token is which id, 64 hex digits: equal for two tokenizers whose ids mean the same."""
-    tokens = text_tokenizer(tokenizer).get_vocab()
-    return hashlib.sha256(json.dumps(sorted(tokens.items())).encode()).hexdigest()
+    tokenizer = text_tokenizer(tokenizer)
+    return _vocabulary(tokenizer, len(tokenizer))
+
+
+@functools.lru_cache(maxsize=4)
+def _vocabulary(tokenizer: Any, size: int) -> str:  # size: tokens may have been added since
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
 def check_truncation(max_length: int | None, truncation_mode: str) -> None:
@@ -132,6 +139,21 @@ def check_truncation(max_length: int | None, truncation_mode: str) -> None:
         raise CacheError(f"max_length: expected an int above 0, or None, got {max_length!r}")
     if truncation_mode not in ("keep_start", "keep_end"):
         raise CacheError(f"truncation_mode: expected 'keep_start' or 'keep_end', got {truncation_mode!r}")
+
+
+def peek(data: Any) -> tuple[Row, Any]:
+    """(first row, all rows) of a .jsonl file, a data set, or any iterable of rows."""
+    if isinstance(data, (str, os.PathLike)):
+        data = read_pairs(os.fspath(data))
+    if isinstance(data, dict):
+        raise CacheError(f"data: expected one data set, got a dict of {', '.join(map(str, data))}")
+    if hasattr(data, "with_format"):
+        data = data.with_format(None)
+    again = iter(data)
+    first = next(again, None)
+    if first is None:
+        raise CacheError("data: has no rows")
+    return first, data if iter(data) is not again else itertools.chain([first], again)
 
 
 def load_tokenizer(path: str, first: Row, trust_remote_code: bool = False) -> Any:

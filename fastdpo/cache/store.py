@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
@@ -11,14 +10,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..train_data import read_pairs
 from . import columns, rows, upkeep
-from .build import Builder, BuildOptions, BuildReport, untouched_random_state
+from .build import Builder, untouched_random_state
 from .errors import CacheError, DamagedShard, MissingEntry
 from .index import Index
 from .key import KEY_BYTES
 from .manifest import Manifest, NamedReference, check_name
 from .model import ReferenceModel
+from .options import BuildOptions, BuildReport
 from .rows import MAX_LENGTH, Preparation, Row
 
 AS_BUILT: Any = "as built"
@@ -123,11 +122,10 @@ class ReferenceCache:
                 finite logp (all others are scored first).
         """
         options = BuildOptions(
-            *(max_length, truncation_mode, prior, token_logps, shard_size, batch_tokens, source),
-            *(replace_name, progress),
+            max_length, truncation_mode, prior, token_logps, shard_size, batch_tokens, source, replace_name, progress
         )
         with untouched_random_state():
-            first, every = _peek(data)
+            first, every = rows.peek(data)
             builder = self._builder(ReferenceModel(model, **model_keywords), tokenizer, first, name, options)
             report = builder.run(every)
         self.index(builder.named).refresh()  # whoever reads next finds an index file, if it is worth one
@@ -208,18 +206,7 @@ class ReferenceCache:
                         raise
             if not last_try:
                 index.refresh()
-        gone = np.flatnonzero(~there)
-        names = ", ".join(str(i) if places is None else places[i] for i in gone[:20])
-        more = f" and {len(gone) - 20} more" if len(gone) > 20 else ""
-        what = f"reference {named.name!r} of {self.path}{' with token logps' if token_logps else ''}"
-        built = self.reference(named.name)
-        damage = f"; {len(index.damaged)} of its shards are damaged" if index.damaged else ""
-        damage += f"; {len(index.conflicts)} of its entries disagree" if index.conflicts else ""
-        raise MissingEntry(
-            f"{names}{more} of {len(keys)}: not in {what}, which was last built with max_length {built.max_length}, "
-            f"{built.truncation_mode}, tokenizer {built.tokenizer or 'none'}{damage}. Build with this data and these "
-            "settings first"
-        )
+        raise _missing(self, named.name, index, np.flatnonzero(~there), len(keys), places, token_logps)
 
     def attach(
         self,
@@ -262,29 +249,26 @@ class ReferenceCache:
             raise CacheError(f"model: expected {'one' if compute else 'none'} with on_miss={on_miss!r}")
         if build_keywords and not compute:
             raise CacheError(f"{next(iter(build_keywords))}: not a keyword of attach with on_miss='raise'")
-        first, every = _peek(dataset)
-        builder = None
+        first, every = rows.peek(dataset)
         if compute and tokenizer is None and not rows.tokenized(first):
             raise CacheError("tokenizer: expected the reference's with on_miss='compute'")
+        known = self.references
+        new = compute and (reference not in known if reference else not known)
+        built: Any = BuildOptions() if new else self.reference(reference)
+        max_length = built.max_length if max_length is AS_BUILT else max_length
+        truncation_mode = built.truncation_mode if truncation_mode is AS_BUILT else truncation_mode
+        rows.check_truncation(max_length, truncation_mode)
+        builder = None
         if compute:
-            built: dict[str, Any] = {} if max_length is AS_BUILT else {"max_length": max_length}
-            built |= {} if truncation_mode is AS_BUILT else {"truncation_mode": truncation_mode}
             model_keywords = {k: build_keywords.pop(k) for k in MODEL_KEYWORDS & set(build_keywords)}
-            options = BuildOptions(
-                prior=prior, token_logps=token_logps or ld_alpha is not None, **built, **build_keywords
-            )
+            tokens_too = token_logps or ld_alpha is not None
+            options = BuildOptions(max_length, truncation_mode, prior, tokens_too, **build_keywords)
+            name = reference or ("reference" if new else built.name)
             with untouched_random_state():
-                reference_model = ReferenceModel(model, **model_keywords)
-                builder = self._builder(reference_model, tokenizer, first, reference or "reference", options)
+                builder = self._builder(ReferenceModel(model, **model_keywords), tokenizer, first, name, options)
             named = builder.named
         else:
-            named = self.reference(reference)
-            named = replace(
-                named,
-                max_length=named.max_length if max_length is AS_BUILT else max_length,
-                truncation_mode=named.truncation_mode if truncation_mode is AS_BUILT else truncation_mode,
-            )
-            rows.check_truncation(named.max_length, named.truncation_mode)
+            named = replace(built, max_length=max_length, truncation_mode=truncation_mode)
         if prior and named.prior_prefix is None:
             raise CacheError(f"prior: reference {named.name!r} was built without a tokenizer, so without priors")
         prepare = columns.preparation(named, first, tokenizer)
@@ -341,16 +325,23 @@ class ReferenceCache:
         return gone
 
 
-def _peek(data: Any) -> tuple[Row, Any]:
-    """(first row, all rows)"""
-    if isinstance(data, (str, os.PathLike)):
-        data = read_pairs(os.fspath(data))
-    if isinstance(data, dict):
-        raise CacheError(f"data: expected one data set, got a dict of {', '.join(map(str, data))}")
-    if hasattr(data, "with_format"):
-        data = data.with_format(None)
-    again = iter(data)
-    first = next(again, None)
-    if first is None:
-        raise CacheError("data: has no rows")
-    return first, data if iter(data) is not again else itertools.chain([first], again)
+def _missing(
+    cache: ReferenceCache,
+    name: str,
+    index: Index,
+    gone: np.ndarray,
+    asked: int,
+    places: SequenceOf[str] | None,
+    token_logps: bool,
+) -> MissingEntry:
+    """The error for entries `gone` of those asked for."""
+    names = ", ".join(str(i) if places is None else places[i] for i in gone[:20])
+    more = f" and {len(gone) - 20} more" if len(gone) > 20 else ""
+    built = cache.reference(name)
+    damage = f"; {len(index.damaged)} of its shards are damaged" if index.damaged else ""
+    damage += f"; {len(index.conflicts)} of its entries disagree" if index.conflicts else ""
+    return MissingEntry(
+        f"{names}{more} of {asked}: not in reference {name!r} of {cache.path}{' with token logps' * token_logps}, "
+        f"which was last built with max_length {built.max_length}, {built.truncation_mode}, tokenizer "
+        f"{built.tokenizer or 'none'}{damage}. Build with this data and these settings first"
+    )
