@@ -125,8 +125,9 @@ def repair(folder: Path, reference: Reference) -> Index:
         with contextlib.suppress(FileNotFoundError):
             os.replace(path, path.with_name(path.name + DAMAGED))
     if found.conflicts or found.duplicates:
+        sources = journal.read(folder)
         for number in range(len(found.shards)):
-            _rewrite(found, [number], reference.id)
+            _rewrite(found, [number], reference.id, sources)
         found = _read(folder, reference)
     return found
 
@@ -165,17 +166,16 @@ def compact(folder: Path, reference: Reference) -> tuple[int, int]:
             sizes[info.has_tokens] = np.zeros(2, np.int64)
         sizes[info.has_tokens] += size
         groups[info.has_tokens][-1].append(number)
+    sources = journal.read(folder)
     for group in (group for of_kind in groups.values() for group in of_kind):
-        _rewrite(found, group, reference.id)
+        _rewrite(found, group, reference.id, sources)
     return before, len(_read(folder, reference).shards)
 
 
-def _rewrite(found: Index, numbers: list[int], reference: str) -> None:
+def _rewrite(found: Index, numbers: list[int], reference: str, sources: dict[str, list[journal.Origin]]) -> None:
     """One shard in place of some, with the entries that are not found elsewhere and that nothing disagrees with."""
     folder, names = found.folder, [found.shards[number].name for number in numbers]
-    parts, origins, kept = [], [], 0
-    sources = journal.read(folder)
-    whole = True
+    parts, origins, kept, whole = [], [], 0, True
     for number, name in zip(numbers, names, strict=True):
         part = shard.read(folder / f"{name}{shard.SUFFIX}", reference, tokens=True)
         at = found.find(part.keys)

@@ -76,7 +76,7 @@ class CachedReferenceTrainer(DPOTrainer):
         )
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        if {CHOSEN, REJECTED} <= set(next(iter(dataset))):
+        if {CHOSEN, REJECTED} <= set(next(iter(dataset), {})):
             return dataset
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
