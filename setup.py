@@ -13,12 +13,12 @@ setup(
     # kernels/ holds packages of fastdpo without being one itself: a package called `kernels` at the repository's root
     # would shadow the PyPI package of that name
     package_dir={"fastdpo": "fastdpo", "fastdpo.gpu": "kernels/gpu", "fastdpo.cpu": "kernels/cpu"},
-    packages=["fastdpo", "fastdpo.gpu", "fastdpo.cpu", "fastdpo.integrations", "fastdpo.losses"],
+    packages=["fastdpo", "fastdpo.cache", "fastdpo.gpu", "fastdpo.cpu", "fastdpo.integrations", "fastdpo.losses"],
     package_data={"fastdpo": ["py.typed"], "fastdpo.cpu": ["*.cpp", "*.h"]},
     install_requires=["torch>=2.8", "ninja", "numpy"],
     extras_require={
         "triton": ["triton>=3.4"],
-        "trl": ["trl==1.16.0", "transformers", "matplotlib"],
+        "trl": ["trl==1.16.0", "transformers", "matplotlib", "pyarrow>=16", "safetensors", "tqdm"],
     },
     entry_points={"console_scripts": ["fastdpo = fastdpo.cli:main"]},
 )

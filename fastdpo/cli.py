@@ -22,6 +22,11 @@ COMMANDS = {
     "demo": Command(
         "fastdpo.demo", "watch a small model learn preferences, beside TRL", ("trl", "transformers", "matplotlib")
     ),
+    "cache": Command(
+        "fastdpo.cache.command",
+        "reference logps, computed once: build, attach, verify",
+        ("trl", "transformers", "pyarrow"),
+    ),
     "doctor": Command("fastdpo.doctor", "which backends work on this machine, and why the others do not", ()),
 }
 

@@ -32,6 +32,13 @@ class FastDPOArguments:
         default=None,
         metadata={"help": "Held-out pairs, like --data; evaluated at the end, or as --eval_strategy says."},
     )
+    reference_cache: str | None = field(
+        default=None,
+        metadata={"help": "Folder of `fastdpo cache build`: reference logps from there; no reference model is loaded."},
+    )
+    reference: str | None = field(
+        default=None, metadata={"help": "Name of the reference in --reference_cache; default: the only one."}
+    )
     trainer: str = field(
         default="fastdpo",
         metadata={"help": "fastdpo, or trl: TRL's own DPOTrainer, for comparison.", "choices": ["fastdpo", "trl"]},
@@ -40,9 +47,11 @@ class FastDPOArguments:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train. Returns 0, or 1 with one line on stderr if the arguments or the data are not usable."""
+    from .cache import CacheError
+
     try:
         run(*parse(argv))
-    except DataError as error:
+    except (DataError, CacheError) as error:
         print(f"fastdpo train: {error}", file=sys.stderr)
         return 1
     return 0
@@ -85,6 +94,8 @@ def run(own: FastDPOArguments, script: Any, config: Any, model: Any, mixture: An
 
     if model.model_name_or_path is None:
         raise DataError("--model_name_or_path: not given, expected a model folder or a name on the Hugging Face Hub")
+    if own.trainer == "trl" and own.reference_cache is not None:
+        raise DataError(f"--reference_cache {own.reference_cache}: only FastDPOTrainer reads it, not --trainer trl")
     train_data, eval_data = _datasets(own, script, config, mixture)
     # As `trl dpo` builds its model
     config.model_init_kwargs = {
@@ -104,7 +115,8 @@ def run(own: FastDPOArguments, script: Any, config: Any, model: Any, mixture: An
 
     output = Path(config.output_dir)
     recorder = RunRecorder(output / "metrics.jsonl", append=bool(config.resume_from_checkpoint))
-    trainer_class = DPOTrainer if own.trainer == "trl" else FastDPOTrainer
+    trainer_class: Any = DPOTrainer if own.trainer == "trl" else FastDPOTrainer
+    cached = {} if own.trainer == "trl" else {"reference_cache": own.reference_cache, "reference": own.reference}
     trainer = trainer_class(
         model=model.model_name_or_path,
         args=config,
@@ -114,6 +126,7 @@ def run(own: FastDPOArguments, script: Any, config: Any, model: Any, mixture: An
         callbacks=[recorder],
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
+        **cached,
     )
     if script.ignore_bias_buffers:
         policy: Any = trainer.model

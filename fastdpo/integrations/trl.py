@@ -27,7 +27,8 @@ from ..options import head_options
 
 try:
     import trl as _trl
-    from trl import DPOTrainer
+
+    from .trl_reference import CachedReferenceTrainer
 except ImportError as error:
     raise ImportError(f"fastdpo.integrations.trl needs TRL: pip install fastdpo[trl] ({error})") from error
 
@@ -164,14 +165,16 @@ def patched(**head_keywords: Any) -> Iterator[None]:
         _before_patch = found_before
 
 
-class FastDPOTrainer(DPOTrainer):
+class FastDPOTrainer(CachedReferenceTrainer):
     """`trl.DPOTrainer` with fastdpo's head: same arguments, same losses, metrics and checkpoints.
 
     Every loss_type and option of `trl.DPOConfig`: the losses are TRL's own. TRL is patched during this trainer's own
     loss only, so other trainers of the process keep TRL's kernels.
 
+    With `reference_cache=` no reference model is loaded: `CachedReferenceTrainer`.
+
     Raises:
-        As `trl.DPOTrainer` and `patch`.
+        As `trl.DPOTrainer`, `patch` and `CachedReferenceTrainer`.
     """
 
     #: Keywords of `linear_token_logps` (grad_tol, workspace_mb, backend); set on a subclass or an instance

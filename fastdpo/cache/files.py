@@ -1,0 +1,63 @@
+"""Files that are there whole or not at all, on local and network file systems."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+from pathlib import Path
+
+TEMPORARY = ".tmp"  # suffix of what is being written; a killed writer leaves it, `gc` removes it
+
+
+def write(path: Path, data: bytes | memoryview, *, sync: bool = True) -> None:
+    """Create or replace `path` in one step. With `sync`, a crash of the machine does not lose it once this returns."""
+    temporary = _temporary(path, data, sync)
+    os.replace(temporary, path)
+    if sync:
+        _sync_folder(path.parent)
+
+
+def write_new(path: Path, data: bytes) -> bool:
+    """Create `path` in one step; False if it is there already. Of several writers, on any machine, one succeeds."""
+    temporary = _temporary(path, data, True)
+    try:
+        # A hard link is the one step that also NFS makes or refuses as a whole
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links
+        try:
+            with path.open("xb") as file:
+                file.write(data)
+        except FileExistsError:
+            return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+    return True
+
+
+def _temporary(path: Path, data: bytes | memoryview, sync: bool) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{uuid.uuid4().hex}{TEMPORARY}"
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return temporary
+
+
+def _sync_folder(folder: Path) -> None:
+    # A rename is on disk when its folder is. Windows opens no folders, and needs none
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,347 @@
+"""`ReferenceCache`: one folder of reference logps, for whoever builds, reads or keeps it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import columns, rows, upkeep
+from .build import Builder, untouched_random_state
+from .errors import CacheError, DamagedShard, MissingEntry
+from .index import Index
+from .key import KEY_BYTES
+from .manifest import Manifest, NamedReference, check_name
+from .model import ReferenceModel
+from .options import BuildOptions, BuildReport
+from .rows import MAX_LENGTH, Preparation, Row
+
+AS_BUILT: Any = "as built"
+MODEL_KEYWORDS = {"dtype", "autocast", "temperature", "device", "backend", "revision", "trust_remote_code"}
+
+
+class Entries(NamedTuple):
+    """What n keys hold."""
+
+    logp: np.ndarray  # float64 [n], sums over the counted tokens
+    counts: np.ndarray  # int32 [n], counted tokens
+    token_logps: list[np.ndarray]  # n of float32 [count], where asked for; else empty
+
+
+class ReferenceCache:
+    """Reference logps, computed once and kept: `build` them, then `attach` them to a data set or train with them.
+
+        cache = ReferenceCache("refs")
+        cache.build("org/model", tokenizer, pairs)
+        trainer = FastDPOTrainer(model, args=args, train_dataset=pairs, reference_cache=cache)
+
+    Args:
+        path: the folder. The first build makes it.
+
+    Raises:
+        CacheError: the folder holds a later version of this, or something else under its names.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._manifest = Manifest(self.path)
+        self._manifest.check()
+        self._indexes: dict[str, Index] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ReferenceCache, (self.path,)
+
+    def __repr__(self) -> str:
+        return f"ReferenceCache({str(self.path)!r})"
+
+    @property
+    def references(self) -> dict[str, NamedReference]:
+        """name -> what it is."""
+        return self._manifest.all()
+
+    def reference(self, name: str | None = None) -> NamedReference:
+        """A reference by name; None: the only one.
+
+        Raises:
+            CacheError: no such name, or None and not exactly one.
+        """
+        if name is None:
+            names = list(self.references)
+            if len(names) != 1:
+                raise CacheError(f"reference: expected a name of {self.path}, which holds {', '.join(names) or 'none'}")
+            name = names[0]
+        return self._manifest.get(name)
+
+    # --- build -------------------------------------------------------------------------------------------------------
+
+    def build(
+        self,
+        model: Any,
+        tokenizer: Any,
+        data: Any,
+        *,
+        name: str = "reference",
+        max_length: int | None = MAX_LENGTH,
+        truncation_mode: str = "keep_start",
+        prior: bool = False,
+        token_logps: bool = False,
+        shard_size: int = 512,
+        batch_tokens: int = 8192,
+        source: str = "data",
+        replace_name: bool = False,
+        progress: bool = True,
+        **model_keywords: Any,
+    ) -> BuildReport:
+        """Score what `data` needs and the folder does not hold. Can be killed and run again, and run several times at
+        once, here and on other machines: the work is shared.
+
+        Args:
+            model: the reference: a loaded model, or a folder or hub id, loaded only if something has to be scored.
+            tokenizer: the reference's own, or a processor; None for data with prompt_ids, chosen_ids, rejected_ids.
+            data: TRL's preference columns, as text, messages or tokens: a .jsonl file, a `Dataset`, a list of rows, or
+                any iterable of rows (an `IterableDataset`), which is read in windows of 8192.
+            name: of the reference in this cache.
+            max_length, truncation_mode: as the trainer's DPOConfig; here its defaults.
+            prior: the unconditional logps of the completions too: given the beginning of text alone (the end of text,
+                where the tokenizer has no beginning).
+            token_logps: keep the logps of single tokens too (LD-DPO needs them).
+            shard_size: sequences in a shard, at most: what a kill loses.
+            batch_tokens: tokens in a forward, padding included, at most, unless one sequence has more.
+            source: the data's name, for messages.
+            replace_name: let `name` stand for another reference than before.
+            progress: show a bar with rate and time left.
+            model_keywords: `dtype`, `autocast`, `temperature`, `device`, `backend`, `revision`, `trust_remote_code`,
+                as `ReferenceModel` takes them.
+
+        Raises:
+            CacheError: bad arguments; `name` taken by another reference; rows that cannot be scored, or without a
+                finite logp (all others are scored first).
+        """
+        options = BuildOptions(
+            max_length, truncation_mode, prior, token_logps, shard_size, batch_tokens, source, replace_name, progress
+        )
+        with untouched_random_state():
+            first, every = rows.peek(data)
+            builder = self._builder(ReferenceModel(model, **model_keywords), tokenizer, first, name, options)
+            report = builder.run(every)
+        self.index(builder.named).refresh()  # whoever reads next finds an index file, if it is worth one
+        return report
+
+    def _builder(self, model: ReferenceModel, tokenizer: Any, first: Row, name: str, options: BuildOptions) -> Builder:
+        options.check()
+        check_name(name)
+        prefix = None if tokenizer is None else rows.prior_prefix(tokenizer)
+        if options.prior and prefix is None:
+            raise CacheError("prior: needs a tokenizer with a beginning or an end of text, for the empty prompt")
+        prepare = Preparation(first, tokenizer)
+        named = NamedReference(
+            name=name,
+            reference=model.reference,
+            model=model.name,
+            tokenizer=rows.text_tokenizer(tokenizer).name_or_path if tokenizer is not None else "",
+            vocabulary=None if tokenizer is None else rows.vocabulary(tokenizer),
+            prior_prefix=prefix,
+            max_length=options.max_length,
+            truncation_mode=options.truncation_mode,
+            prior=options.prior,
+            token_logps=options.token_logps,
+        )
+        self._manifest.create()
+        named = self._manifest.put(named, options.replace_name)
+        folder = self.shards(named)
+        index = upkeep.repair(folder, named.reference)
+        return Builder(folder, index, model, named, prepare, options)
+
+    # --- read --------------------------------------------------------------------------------------------------------
+
+    def shards(self, named: NamedReference) -> Path:
+        """The folder of a reference's shards."""
+        return self.path / "shards" / named.reference.id
+
+    def index(self, named: NamedReference) -> Index:
+        """Its entries, as far as they were there when it was last refreshed."""
+        reference = named.reference.id
+        if reference not in self._indexes:
+            self._indexes[reference] = Index(
+                self.shards(named), self.path / "index" / reference, reference, named.reference.rounding
+            )
+            self._indexes[reference].refresh()
+        return self._indexes[reference]
+
+    def lookup(
+        self,
+        keys: np.ndarray,
+        reference: str | NamedReference | None = None,
+        *,
+        places: SequenceOf[str] | None = None,
+        token_logps: bool = False,
+    ) -> Entries:
+        """The entries of many keys at once.
+
+        Args:
+            keys: uint8 `[n, 16]`, as `Sequence.key` gives them.
+            reference: name, or what `reference()` gave; None: the only one.
+            places: what to call each key in an error; by default its number.
+            token_logps: the logps of the single tokens too.
+
+        Raises:
+            MissingEntry: keys that are not there, or not with token logps; names their places.
+        """
+        if keys.dtype != np.uint8 or keys.ndim != 2 or keys.shape[1] != KEY_BYTES:
+            raise CacheError(f"keys: expected uint8 [n, {KEY_BYTES}], got {keys.dtype} {list(keys.shape)}")
+        named = reference if isinstance(reference, NamedReference) else self.reference(reference)
+        index = self.index(named)
+        for last_try in (False, True):
+            found = index.find(keys)
+            there = index.has_tokens(found) if token_logps else found.found
+            if there.all():
+                try:
+                    return Entries(found.logp, found.counts, index.token_logps(found) if token_logps else [])
+                except (FileNotFoundError, DamagedShard):  # merged meanwhile, or damaged since
+                    if last_try:
+                        raise
+            if not last_try:
+                index.refresh()
+        raise _missing(self, named.name, index, np.flatnonzero(~there), len(keys), places, token_logps)
+
+    def attach(
+        self,
+        dataset: Any,
+        reference: str | None = None,
+        *,
+        tokenizer: Any = None,
+        max_length: int | None = AS_BUILT,
+        truncation_mode: str = AS_BUILT,
+        prior: bool = False,
+        token_logps: bool = False,
+        ld_alpha: float | None = None,
+        on_miss: str = "raise",
+        model: Any = None,
+        **build_keywords: Any,
+    ) -> Any:
+        """`dataset` with columns `ref_chosen_logps` and `ref_rejected_logps`, which TRL's collator and trainer read.
+
+        Args:
+            dataset: a `Dataset`; an `IterableDataset`, looked up as it is read; or a list of rows.
+            reference: name; None: the only one.
+            tokenizer: the policy's. None: the reference's own, as recorded. A reference that has another vocabulary
+                than this one is read through its own either way, from the rows' text.
+            max_length, truncation_mode: by default as the reference was last built.
+            prior: also `ref_chosen_prior_logps` and `ref_rejected_prior_logps`, the unconditional ones.
+            token_logps: also `ref_chosen_token_logps` and `ref_rejected_token_logps`, lists of floats.
+            ld_alpha: DPOConfig's: weight of the tokens beyond the shorter completion of each pair.
+            on_miss: "raise"; or "compute": score what is missing with `model`, and add it to the cache.
+            model: for on_miss="compute": the reference, and `tokenizer` then its own.
+            build_keywords: for on_miss="compute": those of `build`.
+
+        Raises:
+            MissingEntry: a row that is not in the cache. For an iterable data set, when it is read.
+            CacheError: bad arguments.
+        """
+        if on_miss not in ("raise", "compute"):
+            raise CacheError(f"on_miss: expected 'raise' or 'compute', got {on_miss!r}")
+        compute = on_miss == "compute"
+        if compute != (model is not None):
+            raise CacheError(f"model: expected {'one' if compute else 'none'} with on_miss={on_miss!r}")
+        if build_keywords and not compute:
+            raise CacheError(f"{next(iter(build_keywords))}: not a keyword of attach with on_miss='raise'")
+        first, every = rows.peek(dataset)
+        if compute and tokenizer is None and not rows.tokenized(first):
+            raise CacheError("tokenizer: expected the reference's with on_miss='compute'")
+        known = self.references
+        new = compute and (reference not in known if reference else not known)
+        built: Any = BuildOptions() if new else self.reference(reference)
+        max_length = built.max_length if max_length is AS_BUILT else max_length
+        truncation_mode = built.truncation_mode if truncation_mode is AS_BUILT else truncation_mode
+        rows.check_truncation(max_length, truncation_mode)
+        builder = None
+        if compute:
+            model_keywords = {k: build_keywords.pop(k) for k in MODEL_KEYWORDS & set(build_keywords)}
+            tokens_too = token_logps or ld_alpha is not None
+            options = BuildOptions(max_length, truncation_mode, prior, tokens_too, **build_keywords)
+            name = reference or ("reference" if new else built.name)
+            with untouched_random_state():
+                builder = self._builder(ReferenceModel(model, **model_keywords), tokenizer, first, name, options)
+            named = builder.named
+        else:
+            named = replace(built, max_length=max_length, truncation_mode=truncation_mode)
+        if prior and named.prior_prefix is None:
+            raise CacheError(f"prior: reference {named.name!r} was built without a tokenizer, so without priors")
+        prepare = columns.preparation(named, first, tokenizer)
+        parts = BuildOptions(prior=prior).parts
+        return columns.add(every, columns.Columns(self, named, prepare, parts, ld_alpha, token_logps, builder))
+
+    # --- keep --------------------------------------------------------------------------------------------------------
+
+    def info(self) -> list[upkeep.About]:
+        """How much each reference holds."""
+        return [upkeep.about(named, self.shards(named)) for named in self.references.values()]
+
+    def verify(self) -> list[upkeep.Finding]:
+        """Read every byte; what is wrong, and which rows it concerns. `build` computes those again. Changes nothing."""
+        return upkeep.verify(self.path, self._manifest)
+
+    def merge(self, others: SequenceOf[str | os.PathLike[str]] = ()) -> upkeep.Merged:
+        """Take in other caches, and put small shards together. May run while others build or read.
+
+        Args:
+            others: folders of caches, which stay as they are.
+
+        Raises:
+            CacheError: a name that stands for another reference there.
+        """
+        taken = [upkeep.take_in(self.path, self._manifest, ReferenceCache(other).path) for other in others]
+        merged = [upkeep.compact(self.shards(named), named.reference) for named in self.references.values()]
+        return upkeep.Merged(sum(taken), sum(before for before, _ in merged), sum(after for _, after in merged))
+
+    def gc(self, drop: SequenceOf[str] = (), *, dry_run: bool = False) -> list[Path]:
+        """Remove what nothing uses: entries of references without a name, replaced and damaged shards, old indexes,
+        what killed builders left. Not while another machine reads through an index that this may remove.
+
+        Args:
+            drop: names to forget first.
+            dry_run: only say what would go.
+
+        Returns:
+            The files that are gone.
+
+        Raises:
+            CacheError: someone is building; an unknown name.
+        """
+        named = self.references
+        for name in drop:
+            self._manifest.get(name)
+        keep = {named[name].reference.id for name in named if name not in drop}
+        gone = upkeep.garbage(self.path, keep)
+        if not dry_run:
+            for name in drop:
+                self._manifest.drop(name)
+            upkeep.remove(self.path, gone)
+            self._indexes.clear()
+        return gone
+
+
+def _missing(
+    cache: ReferenceCache,
+    name: str,
+    index: Index,
+    gone: np.ndarray,
+    asked: int,
+    places: SequenceOf[str] | None,
+    token_logps: bool,
+) -> MissingEntry:
+    """The error for entries `gone` of those asked for."""
+    names = ", ".join(str(i) if places is None else places[i] for i in gone[:20])
+    more = f" and {len(gone) - 20} more" if len(gone) > 20 else ""
+    built = cache.reference(name)
+    damage = f"; {len(index.damaged)} of its shards are damaged" if index.damaged else ""
+    damage += f"; {len(index.conflicts)} of its entries disagree" if index.conflicts else ""
+    return MissingEntry(
+        f"{names}{more} of {asked}: not in reference {name!r} of {cache.path}{' with token logps' * token_logps}, "
+        f"which was last built with max_length {built.max_length}, {built.truncation_mode}, tokenizer "
+        f"{built.tokenizer or 'none'}{damage}. Build with this data and these settings first"
+    )

@@ -1,0 +1,116 @@
+"""DPOTrainer whose reference is a cache: `reference_cache=`. No reference model is loaded, and none is asked."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import os
+from typing import Any
+from unittest import mock
+
+from trl import DPOConfig, DPOTrainer
+from trl.trainer import dpo_trainer
+from trl.trainer.utils import get_config_model_id
+
+from ..cache import CacheError, NamedReference, ReferenceCache
+from ..cache.columns import CHOSEN, REJECTED, speaks
+
+
+class CachedReferenceTrainer(DPOTrainer):
+    """`trl.DPOTrainer` that reads its reference logps from a cache.
+
+    Also without a cache: data sets that have the columns `ref_chosen_logps` and `ref_rejected_logps` are taken as they
+    are with `precompute_ref_log_probs=True`, where TRL would compute them again.
+
+    Args:
+        reference_cache: a `fastdpo.cache.ReferenceCache`, or its folder.
+        reference: name of the reference in it; None: the only one.
+        The others: `trl.DPOTrainer`. With a cache, `ref_model` must be None.
+
+    Raises:
+        CacheError: a row that is not in the cache, numbered as TRL's preparation left it; `ld_alpha` with a reference
+            that was built without token logps; an argument that contradicts the cache.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        reference_cache: ReferenceCache | str | os.PathLike[str] | None = None,
+        reference: str | None = None,
+        **keywords: Any,
+    ) -> None:
+        self._cache: tuple[ReferenceCache, NamedReference] | None = None
+        if reference_cache is None:
+            if reference is not None:
+                raise CacheError(f"reference: {reference!r} without a reference_cache")
+            super().__init__(*args, **keywords)
+            return
+        given = inspect.signature(DPOTrainer.__init__).bind(self, *args, **keywords).arguments
+        del given["self"]
+        given["args"] = config = copy.copy(given.get("args") or _default_config(given["model"]))
+        cache = reference_cache if isinstance(reference_cache, ReferenceCache) else ReferenceCache(reference_cache)
+        self._cache = cache, cache.reference(reference)
+        _check(self._cache[1], config, given)
+        config.precompute_ref_log_probs = True
+        # TRL hashes the policy, to name its own file of reference logps
+        with mock.patch.object(dpo_trainer, "hash_module", return_value=""):
+            super().__init__(**given)
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        if self._cache is None:
+            return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        cache, named = self._cache
+        keywords = {
+            "tokenizer": processing_class,
+            "max_length": args.max_length,
+            "truncation_mode": args.truncation_mode,
+            "ld_alpha": args.ld_alpha,
+        }
+        if speaks(named, processing_class):
+            return cache.attach(
+                super()._prepare_dataset(dataset, processing_class, args, dataset_name), named.name, **keywords
+            )
+        # Another tokenizer reads the text as it was, without the policy's end of text
+        return super()._prepare_dataset(
+            cache.attach(dataset, named.name, **keywords), processing_class, args, dataset_name
+        )
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        if {CHOSEN, REJECTED} <= set(next(iter(dataset), {})):
+            return dataset
+        return super()._precompute_ref_logps(dataset, name, batch_size)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """As `trl.DPOTrainer.evaluate`; with a cache also on new data after the first step."""
+        if self._cache is None or eval_dataset is None or isinstance(eval_dataset, str):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if isinstance(eval_dataset, dict):
+            metrics: dict[str, float] = {}
+            for name, dataset in eval_dataset.items():
+                metrics |= self.evaluate(dataset, ignore_keys, f"{metric_key_prefix}_{name}")
+            return metrics
+        prepared = self._prepare_dataset(eval_dataset, self.processing_class, self.args, "eval")
+        return super(DPOTrainer, self).evaluate(prepared, ignore_keys, metric_key_prefix)
+
+
+def _default_config(model: Any) -> DPOConfig:
+    name = model if isinstance(model, str) else get_config_model_id(model.config)
+    return DPOConfig(f"{name.split('/')[-1]}-DPO")
+
+
+def _check(named: NamedReference, config: DPOConfig, given: dict[str, Any]) -> None:
+    """Raise CacheError for what would be ignored, or scored otherwise than the cache was."""
+    if given.get("ref_model") is not None:
+        raise CacheError("ref_model: expected None with a reference_cache, which takes its place")
+    if config.sync_ref_model:
+        raise CacheError("sync_ref_model: a cached reference does not change, expected False")
+    if config.ld_alpha is not None and not named.token_logps:
+        raise CacheError(
+            f"ld_alpha: needs the token logps of the reference; {named.name!r} was built without (token_logps=True)"
+        )
+    collator = given.get("data_collator")
+    cut = (config.max_length, config.truncation_mode)
+    if collator is not None and (getattr(collator, "max_length", 0), getattr(collator, "truncation_mode", "")) != cut:
+        raise CacheError(f"data_collator: expected one that cuts as args do, max_length {cut[0]}, {cut[1]}")
