@@ -5,6 +5,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
+#include <bit>
 #include <numeric>
 
 #include "stream_tile.h"
@@ -30,21 +31,42 @@ void each_chunk(std::vector<Chunk>& chunks, const Call& call) {
   });
 }
 
-// 1 where a candidate stays
+// 1 where a candidate stays. Masses are not sorted but counted into buckets by their leading bits, ascending as positive
+// floats are; only the bucket in which the budget ends is sorted.
 std::vector<char> keep_most(const std::vector<float>& mass, std::vector<char> keep, double budget) {
-  std::vector<int64_t> order;
+  constexpr int kShift = 16;
+  const auto bucket = [&](size_t j) { return std::bit_cast<uint32_t>(mass[j]) >> kShift; };
+  std::vector<double> sums(1 << (32 - kShift), 0.);
   for (size_t j = 0; j < mass.size(); ++j)
-    if (!keep[j] && mass[j] <= budget)
+    if (!keep[j])
+      sums[bucket(j)] += mass[j];
+  size_t last = 0;
+  while (last < sums.size() && budget >= sums[last])
+    budget -= sums[last++];
+  std::vector<int64_t> order;
+  for (size_t j = 0; j < mass.size(); ++j) {
+    if (keep[j] || bucket(j) < last)
+      continue;
+    keep[j] = 1;
+    if (bucket(j) == last)
       order.push_back(int64_t(j));
-    else
-      keep[j] = 1;
+  }
   std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return mass[a] != mass[b] ? mass[a] < mass[b] : a < b; });
   for (const int64_t j : order) {
     budget -= mass[j];
     if (budget < 0)
-      keep[j] = 1;
+      break;
+    keep[j] = 0;
   }
   return keep;
+}
+
+// p = e * factor [padded], with the bounds that the chunk's e were taken from
+std::vector<float> factors(const Chunk& chunk, const std::vector<float>& lse2) {
+  std::vector<float> result(lse2.size());
+  for (size_t i = 0; i < lse2.size(); i += kLanes)
+    exp2(F::loadu(chunk.sums.m.data() + i) - F::loadu(lse2.data() + i)).store(result.data() + i);
+  return result;
 }
 
 }  // namespace
@@ -56,14 +78,12 @@ Compact choose(
   std::vector<float> mass(start.back());
   std::vector<char> targets(start.back());  // always kept
   each_chunk(chunks, [&](int64_t c, Chunk& chunk) {
+    const auto factor = factors(chunk, lse2);
     for (size_t j = 0; j < chunk.columns.size(); ++j) {
-      float* x = chunk.x.data() + int64_t(j) * padded;
+      const float* e = chunk.e.data() + int64_t(j) * padded;
       F total(0.f);
-      for (int64_t i = 0; i < padded; i += kLanes) {
-        const F p = exp2(F::loadu(x + i) - F::loadu(lse2.data() + i));
-        p.store(x + i);
-        total = total + p;
-      }
+      for (int64_t i = 0; i < padded; i += kLanes)
+        total = at::vec::fmadd(F::loadu(e + i), F::loadu(factor.data() + i), total);
       mass[start[c] + j] = sum(total);
       const auto target = tile.first_target(chunk.columns[j]);
       targets[start[c] + j] = target != tile.targets.end() && target->column == chunk.columns[j];
@@ -89,15 +109,20 @@ Compact choose(
   each_chunk(chunks, [&](int64_t c, Chunk& chunk) {
     auto& lost = chunk.sums.dropped;  // from here on: of this chunk's candidates
     std::fill(lost.begin(), lost.end(), 0.f);
+    const auto factor = factors(chunk, lse2);
+    std::vector<float> p(padded);
     for (int64_t j = start[c]; j < start[c + 1]; ++j) {
       const int32_t column = chunk.columns[j - start[c]];
-      const float* p = chunk.x.data() + (j - start[c]) * padded;
+      const float* e = chunk.e.data() + (j - start[c]) * padded;
+      if (j + 2 < start[c + 1] && !keep[j + 2])
+        tile.prefetch_row(chunk.columns[j + 2 - start[c]]);
+      float* to = keep[j] ? p.data() : lost.data();
+      for (int64_t i = 0; i < padded; i += kLanes)
+        at::vec::fmadd(F::loadu(e + i), F::loadu(factor.data() + i), keep[j] ? F(0.f) : F::loadu(to + i)).store(to + i);
       if (keep[j]) {
         columns[slot[j]] = column;
-        at::vec::convert(p, probs + slot[j] * n, n);
+        at::vec::convert(p.data(), probs + slot[j] * n, n);
       } else {
-        for (int64_t i = 0; i < n; ++i)
-          lost[i] += p[i];
         tile.add_row(column, mass[j], chunk);
       }
     }

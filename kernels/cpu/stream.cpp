@@ -5,9 +5,9 @@
 // and the statistics.
 //
 // A column that nowhere reaches 2^(x-m) > eps nowhere has p > eps, since m <= lse: it is dropped at once, and only its
-// mass is noted. The others are candidates: their x is kept (a few percent of V), and once lse is known those of least
-// mass are dropped too, up to the tolerance. The bound starts from the target and a probe of the first columns, and
-// rises from wave to wave.
+// mass is noted. The others are candidates: their 2^(x-m) are kept (a few percent of V), and once lse is known those of
+// least mass are dropped too, up to the tolerance. The bound starts from the target, and rises twice: after the first
+// few columns, of which most become candidates, and after an eighth of Gemma's.
 //
 // Chunks and waves are of fixed sizes and merge in order: results do not depend on the number of threads.
 
@@ -29,9 +29,9 @@ using c10::BFloat16;
 
 constexpr int64_t kRows = 32;  // rows of weight a product: [32, 256] float32 is 32 KB
 constexpr int64_t kGroup = 4;  // columns a pass over the tokens' sums
-constexpr int64_t kChunk = 1024;  // rows of weight a task
-constexpr int64_t kProbe = 4;  // chunks that only raise the bound
-constexpr int64_t kWave = kWaveRows / kChunk;  // chunks between two rises of the bound
+constexpr int64_t kChunk = 512;  // rows of weight a task
+constexpr int64_t kWave = kWaveRows / kChunk;  // chunks
+constexpr int64_t kProbe = kWave / 8;  // chunks that raise the bound for a start
 constexpr double kSlack = 256;  // eps = grad_tol / kSlack
 constexpr double kCandidates = 0.4;  // of V: with more the tile is dense, and the search ends
 constexpr float kOverflow = 60;  // x - m beyond this: m rises at once
@@ -81,7 +81,9 @@ struct Streamer {
           rows, tile.padded, in.width, stride, tile.padded, tile.padded, false, block, tile.packed.data(),
           scratch.logits.data(), true);
       for (int64_t r = 0; r < rows;) {
-        prefetch(v0 + kRows + r, std::min(last, v0 + kRows + r + kGroup));
+        // The next rows, while the exponentials of these are computed
+        for (int64_t v = v0 + kRows + r, end = std::min(last, v + kGroup); v < end; ++v)
+          tile.prefetch_row(v);
         const bool target_near = target != tile.targets.end() && target->column < v0 + r + kGroup;
         // is_top1 asks what stands before and what after a target: then column by column
         const bool together = r + kGroup <= rows && !(kStats && target_near);
@@ -92,13 +94,6 @@ struct Streamer {
     }
   }
 
-  // Rows of weight on their way to the cache while the exponentials of the block before are computed
-  void prefetch(int64_t first, int64_t last) const {
-    for (int64_t v = first; v < last; ++v)
-      for (const W *w = weight(v), *end = w + tile.in.width; w < end; w += 64 / sizeof(W))
-        __builtin_prefetch(w, 0, 2);
-  }
-
   template <int kCount>
   static auto columns(Keep keep) {
     return keep == Keep::kCandidates     ? &Streamer::group<kCount, Keep::kCandidates>
@@ -106,8 +101,8 @@ struct Streamer {
                                          : &Streamer::group<kCount, Keep::kNothing>;
   }
 
-  // kCount columns from v on: their raw logits [kCount, padded n] become x - m on the way. Several columns at a time,
-  // so that the sums of a token are loaded and stored once for all of them.
+  // kCount columns from v on, at x [kCount, padded n]: raw logits, then core(raw), then e = 2^(core * factor - m). Several
+  // columns at a time, so that the sums of a token are loaded and stored once for all of them.
   template <int kCount, Keep kKeep>
   void group(int64_t v, float* x, std::vector<Target>::const_iterator& target, Chunk& out) {
     constexpr bool kCollect = kKeep == Keep::kCandidates;
@@ -135,9 +130,10 @@ struct Streamer {
         F raw = F::loadu(x + c * padded + i);
         if (in.bias)
           raw = raw + bias[c];
-        const F core = base2.core(raw), above = at::vec::fmsub(core, factor, m);
-        above.store(x + c * padded + i);
-        top[c] = larger(top[c], above);
+        const F core = base2.core(raw);
+        if (kSoftcap || in.bias)
+          core.store(x + c * padded + i);
+        top[c] = larger(top[c], at::vec::fmsub(core, factor, m));
         if constexpr (kStats) {
           total = total + core;
           largest = larger(largest, raw * sign);
@@ -154,26 +150,39 @@ struct Streamer {
       highest = std::max(highest, tops[c]);
     }
     for (auto t = firsts; t != target; ++t) {
-      tile.target_x[t->token] = x[(t->column - v) * padded + t->token] + sums.m[t->token];
+      tile.target_x[t->token] = x[(t->column - v) * padded + t->token] * base2.factor;
       tops[t->column - v] = kInfinity;  // a target is always kept
       if constexpr (kStats && kCount == 1)  // alone in `after` until now; it belongs to neither side
         tile.target_raw[t->token] = std::exchange(sums.after[t->token], -kInfinity);
     }
     if (highest > kOverflow)
-      raise_overflowing(x, kCount, sums);
+      raise_overflowing(x, kCount, out);
 
     F mass[kCount];
     float drop[kCount];  // 1 where the column is dropped at once
-    bool any_drop = false;
+    float* e_of[kCount];  // of a candidate
+    bool any_drop = false, any_candidate = false;
     for (int c = 0; c < kCount; ++c) {
       mass[c] = F(0.f);
       drop[c] = kCollect && tops[c] <= log2_eps ? 1.f : 0.f;
       any_drop |= drop[c] > 0;
+      any_candidate |= kCollect && drop[c] == 0;
+      e_of[c] = x + c * padded;
+    }
+    if (any_candidate) {
+      float* next = out.room(kCount, padded);
+      for (int c = 0; c < kCount; ++c) {
+        if (drop[c] > 0)
+          continue;
+        out.columns.push_back(int32_t(v + c));
+        e_of[c] = std::exchange(next, next + padded);
+      }
     }
     for (int64_t i = 0; i < padded; i += kLanes) {
+      const F m = F::loadu(sums.m.data() + i);
       F s(0.f), dropped(0.f), ex(0.f), ee(0.f);
       for (int c = 0; c < kCount; ++c) {
-        F above = F::loadu(x + c * padded + i);
+        F above = at::vec::fmsub(F::loadu(x + c * padded + i), factor, m);
         if constexpr (kStats)
           above = larger(F(-200.f), above);  // in this order a NaN stays
         const F e = exp2(above);
@@ -187,7 +196,9 @@ struct Streamer {
           ee = at::vec::fmadd(e, e, ee);
         }
         if constexpr (kKeep == Keep::kExponentials)
-          (kSoftcap ? e * base2.flatness(above + F::loadu(sums.m.data() + i)) : e).store(x + c * padded + i);
+          (kSoftcap ? e * base2.flatness(above + m) : e).store(x + c * padded + i);
+        else if (any_candidate)
+          e.store(e_of[c] + i);
       }
       (F::loadu(sums.s.data() + i) + s).store(sums.s.data() + i);
       if (kCollect && any_drop)
@@ -201,48 +212,37 @@ struct Streamer {
       for (int c = 0; c < kCount; ++c)
         at::vec::convert(x + c * padded, kept.values + (v + c) * kept.stride, in.n);
     }
-    if constexpr (!kCollect)
-      return;
-    for (int c = 0; c < kCount; ++c) {
-      if (drop[c] > 0) {
+    for (int c = 0; kCollect && c < kCount; ++c)
+      if (drop[c] > 0)
         tile.add_row(v + c, sum(mass[c]), out);
-        continue;
-      }
-      out.columns.push_back(int32_t(v + c));
-      const size_t at = out.x.size();
-      out.x.resize(at + padded);
-      for (int64_t i = 0; i < padded; i += kLanes)
-        (F::loadu(x + c * padded + i) + F::loadu(sums.m.data() + i)).store(out.x.data() + at + i);
-    }
   }
 
   // Tokens whose x - m would overflow a later sum: m rises to their largest x
-  void raise_overflowing(float* x, int columns, TokenSums<float>& sums) {
+  void raise_overflowing(const float* x, int columns, Chunk& out) {
     overflowed = true;
     for (int64_t i = 0; i < tile.in.n; ++i) {
       float most = x[i];
       for (int c = 1; c < columns; ++c)
-        most = std::max(most, x[c * tile.padded + i]);
-      if (most > kOverflow && std::isfinite(most)) {
-        sums.raise(i, sums.m[i] + most);
-        for (int c = 0; c < columns; ++c)
-          x[c * tile.padded + i] -= most;
+        most = base2.factor < 0 ? std::min(most, x[c * tile.padded + i]) : std::max(most, x[c * tile.padded + i]);
+      const float to = most * base2.factor, delta = to - out.sums.m[i];
+      if (delta > kOverflow && std::isfinite(delta)) {
+        out.sums.raise(i, to);
+        for (size_t j = 0; j < out.columns.size(); ++j)
+          out.e[j * tile.padded + i] *= std::exp2(-delta);
       }
     }
   }
 };
 
-void merge(TokenSums<double>& all, const TokenSums<float>& part, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    if (part.m[i] > all.m[i])
-      all.raise(i, part.m[i]);
-    const double delta = all.m[i] - part.m[i], f = std::exp2(-delta);
-    all.ex[i] += f * (part.ex[i] - delta * part.s[i]);
-    all.s[i] += f * part.s[i];
-    all.dropped[i] += f * part.dropped[i];
-    all.ee[i] += f * f * part.ee[i];
-    all.total[i] += part.total[i];
-  }
+void merge(TokenSums<double>& all, const TokenSums<float>& part, int64_t i) {
+  if (part.m[i] > all.m[i])
+    all.raise(i, part.m[i]);
+  const double delta = all.m[i] - part.m[i], f = std::exp2(-delta);
+  all.ex[i] += f * (part.ex[i] - delta * part.s[i]);
+  all.s[i] += f * part.s[i];
+  all.dropped[i] += f * part.dropped[i];
+  all.ee[i] += f * f * part.ee[i];
+  all.total[i] += part.total[i];
 }
 
 // The bounds become factors, and the targets' entries their gradient: p - 1. False where a factor is too small for that.
@@ -279,58 +279,68 @@ Compact run(
   all.reset(n, -std::numeric_limits<double>::infinity());
   std::copy_n(tile.bound.begin(), n, all.m.begin());
 
-  const auto wave = [&](int64_t from, int64_t to, Keep keep) {
+  Keep keep = tile.grad_tol > 0 ? Keep::kCandidates : kept.values ? Keep::kExponentials : Keep::kNothing;
+  // Their e may take half of the workspace: vectors grow by doubling
+  const double fit = workspace_mb * 0x1p20 / 2 / double(sizeof(float) * tile.padded);
+  const int64_t most_candidates = int64_t(std::min(kCandidates * double(in.vocab), fit));
+  std::atomic<int64_t> candidates{0};  // beyond the most no chunk seeks any: which ones did, nothing depends on
+  const auto wave = [&](int64_t from, int64_t to) {
     each_task(from, to, [&] {
       return [&, scratch = Scratch()](int64_t c) mutable {
+        const bool none = keep == Keep::kCandidates && from > 0 && candidates > most_candidates;
         chunks[c].reset(tile.padded, in.width);
-        streamer.chunk(c * kChunk, std::min(in.vocab, (c + 1) * kChunk), keep, scratch, chunks[c]);
+        streamer.chunk(
+            c * kChunk, std::min(in.vocab, (c + 1) * kChunk), none ? Keep::kNothing : keep, scratch, chunks[c]);
+        candidates += int64_t(chunks[c].columns.size());
       };
     });
   };
-  const auto raise_bound = [&](const TokenSums<double>& seen) {
-    for (int64_t i = 0; i < n; ++i)  // the target's own term is in s only after its chunk: m alone is a bound too
-      tile.bound[i] = float(seen.m[i] + std::max(0., std::log2(seen.s[i])));
+  // The sums of chunks from .. to-1 into `sums`, and what is now known of the bound
+  const auto add = [&](int64_t from, int64_t to, TokenSums<double>& sums) {
+    at::parallel_for(0, n, 64, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t own = in.targets[i] / kChunk;
+        for (int64_t c = from; c < to; ++c) {
+          const auto& part = chunks[c].sums;
+          merge(sums, part, i);
+          if constexpr (kStats) {
+            sums.before[i] = std::max<double>(sums.before[i], c < own ? part.after[i] : part.before[i]);
+            if (c >= own)
+              sums.after[i] = std::max<double>(sums.after[i], part.after[i]);
+          }
+        }
+        // The target's own term is in s only after its chunk: m alone is a bound too
+        tile.bound[i] = float(sums.m[i] + std::max(0., std::log2(sums.s[i])));
+      }
+    });
   };
 
-  Keep keep = tile.grad_tol > 0 ? Keep::kCandidates : kept.values ? Keep::kExponentials : Keep::kNothing;
-  const int64_t probe = std::min(kProbe, count);
-  if (keep != Keep::kNothing) {
-    wave(0, probe, Keep::kNothing);
-    streamer.overflowed = false;
+  if (keep == Keep::kExponentials) {  // waves of equal size, each with one bound; so the first ones are taken twice
+    keep = Keep::kNothing;
+    const int64_t probe = std::min(kProbe, count);
     TokenSums<double> probed = all;
-    for (int64_t c = 0; c < probe; ++c)
-      merge(probed, chunks[c].sums, n);
-    raise_bound(probed);
+    wave(0, probe);
+    add(0, probe, probed);
+    streamer.overflowed = false;
+    keep = Keep::kExponentials;
   }
-  // Their x may take half of the workspace: vectors grow by doubling
-  const double fit = workspace_mb * 0x1p20 / 2 / double(sizeof(float) * tile.padded);
-  const int64_t most_candidates = int64_t(std::min(kCandidates * double(in.vocab), fit));
-  int64_t candidates = 0;
-  for (int64_t from = 0; from < count; from += kWave) {
-    const int64_t to = std::min(count, from + kWave);
-    if (keep == Keep::kExponentials)  // for now; a factor once lse is known
-      std::copy_n(tile.bound.begin(), n, kept.scale + from / kWave * kept.stride);
-    wave(from, to, keep);
-    for (int64_t c = from; c < to; ++c) {
-      const auto& part = chunks[c].sums;
-      merge(all, part, n);
-      if constexpr (kStats) {
-        for (int64_t i = 0; i < n; ++i) {
-          const int64_t own = in.targets[i] / kChunk;
-          all.before[i] = std::max<double>(all.before[i], c < own ? part.after[i] : part.before[i]);
-          if (c >= own)
-            all.after[i] = std::max<double>(all.after[i], part.after[i]);
-        }
-      }
-      candidates += int64_t(chunks[c].columns.size());
+  for (int64_t from = 0, to; from < count; from = to) {
+    if (keep == Keep::kExponentials) {
+      to = from + kWave;
+      std::copy_n(tile.bound.begin(), n, kept.scale + from / kWave * kept.stride);  // a factor once lse is known
+    } else {
+      to = from == 0 ? kProbe : from == kProbe ? kWave : count;
     }
-    raise_bound(all);
-    if (candidates > most_candidates) {
-      keep = Keep::kNothing;
-      for (auto& chunk : chunks)
-        chunk.x = {};
+    to = std::min(to, count);
+    wave(from, to);
+    add(from, to, all);
+    if (from == 0)  // few enough, whatever they are: their bound was the target's logit alone
       candidates = 0;
-    }
+  }
+  if (keep == Keep::kCandidates && candidates > most_candidates) {
+    keep = Keep::kNothing;
+    for (auto& chunk : chunks)
+      chunk.e = {};
   }
 
   std::vector<float> lse2(tile.padded, kInfinity);

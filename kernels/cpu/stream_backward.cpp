@@ -21,6 +21,7 @@ namespace {
 using c10::BFloat16;
 
 constexpr int64_t kColumns = 128;  // kept columns a product of dX, in steps of kStep: few shapes, few compiled products
+constexpr int64_t kAhead = 16;  // kept columns whose rows of weight are fetched before they are packed
 constexpr int64_t kSlice = 320;  // of H, a task of dX: [256, 320] float32 is 320 KB
 constexpr int64_t kRows = 64;  // rows a product of dW, in steps of kRowStep
 constexpr int64_t kRowStep = 16;
@@ -121,6 +122,9 @@ struct Backward {
           transpose(d.data(), columns, tile.n, tile.even, pairs, dt.data());
           w.assign(columns * width, BFloat16(0));
           for (int64_t j = begin; j < end; j += 2) {
+            for (int64_t ahead = j + kAhead; ahead < std::min(tile.k, j + kAhead + 2); ++ahead)
+              for (int64_t h = 0; h < width; h += 64 / int64_t(sizeof(W)))
+                __builtin_prefetch(weight(tile.columns[ahead]) + h0 + h, 0, 2);
             const int64_t next = std::min(j + 1, end - 1);  // D is zero where there is none
             interleave(
                 bf16_row(weight(tile.columns[j]) + h0, width, rounded.data()),

@@ -41,16 +41,23 @@ struct TokenSums {
 struct Chunk {
   TokenSums<float> sums;
   std::vector<int32_t> columns;  // candidates
-  std::vector<float> x;  // [candidates, padded n]
+  std::vector<float> e;  // [at least the candidates, padded n]: 2^(x - sums.m)
   std::vector<float> row_sum;  // [H] sum of mass * weight[v] over dropped columns
   double row_mass = 0;
 
   void reset(int64_t padded, int64_t width) {
     sums.reset(padded, 0);
     columns.clear();
-    x.clear();
     row_sum.assign(width, 0.f);
     row_mass = 0;
+  }
+
+  // Where the e of the next candidates go. Doubles by hand: resize() would zero what is about to be written
+  float* room(int64_t candidates, int64_t padded) {
+    const size_t at = columns.size() * padded, needed = at + candidates * padded;
+    if (e.size() < needed)
+      e.resize(std::max<size_t>(needed, 2 * e.size()));
+    return e.data() + at;
   }
 };
 
@@ -86,6 +93,14 @@ struct Tile {
         targets.cbegin(), targets.cend(), column, [](Target t, int64_t v) { return t.column < v; });
   }
 
+  // Row v of weight on its way to the cache, before it is needed
+  void prefetch_row(int64_t v) const {
+    const int64_t size = in.float_weight ? sizeof(float) : sizeof(c10::BFloat16);
+    const char* row = static_cast<const char*>(in.weight) + v * in.weight_stride * size;
+    for (int64_t at = 0; at < in.width * size; at += 64)
+      __builtin_prefetch(row + at, 0, 2);
+  }
+
   // Column v of `mass` is dropped: into the sum that mean_row is made of, unless it is too small to be seen there
   void add_row(int64_t v, double mass, Chunk& out) const {
     if (mass < grad_tol * double(in.n) / double(in.vocab) / 16)
@@ -111,8 +126,8 @@ struct Tile {
   }
 };
 
-// The columns to keep among the chunks' candidates, whose x become p on the way; dropped [n]: what was dropped before.
-// lse2 [padded]: in base 2. Not defined where they would be too many.
+// The columns to keep among the chunks' candidates; dropped [n]: what was dropped before. lse2 [padded]: in base 2.
+// Not defined where they would be too many.
 Compact choose(const Tile&, std::vector<Chunk>&, const std::vector<float>& lse2, std::vector<double> dropped);
 
 }  // namespace fastdpo
