@@ -50,7 +50,9 @@ def real_batch(model_name: str, data: Path, pairs: int, max_length: int, tokens:
             ids = (prompt + tokenizer(text[side], add_special_tokens=False).input_ids)[:max_length]
             with torch.no_grad():
                 states = model.model(torch.tensor([ids])).last_hidden_state[0]
-            sequences.append((states[len(prompt) - 1 : len(ids) - 1], torch.tensor(ids[len(prompt) :], dtype=torch.int64)))
+            sequences.append(
+                (states[len(prompt) - 1 : len(ids) - 1], torch.tensor(ids[len(prompt) :], dtype=torch.int64))
+            )
             found += len(ids) - len(prompt)
         progress.update(found - before if tokens else 1)
         if tokens and found >= tokens:

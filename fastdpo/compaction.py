@@ -40,6 +40,16 @@ class Compact(NamedTuple):
     mean_row: Tensor  # [H] float32, w
 
 
+class Sparse(NamedTuple):
+    """The same of a backend that streams: of P only the entries worth their memory, an eighth on real text."""
+
+    columns: Tensor  # int32 [k], ascending
+    starts: Tensor  # int32 [k + 1]: column c has entries starts[c] .. starts[c + 1] - 1
+    entries: Tensor  # int32 [e]: token << 16 | bits of p in bf16
+    dropped: Tensor  # [n] float32, all that no entry holds
+    mean_row: Tensor  # [H] float32
+
+
 class Rows(NamedTuple):
     """A tile's tokens in the backward, each `[n]` but hidden `[n, H]`."""
 

@@ -108,7 +108,7 @@ _NEEDS = "bool need_hidden, bool need_weight, bool need_bias"
     ),
 )
 def linear_logps(hidden, weight, bias, targets, *rest):  # type: ignore[no-untyped-def]
-    """logps, lse, stats, dropped_mass; then the packed kept: layout, columns, probs, floats (tiles.pack).
+    """logps, lse, stats, dropped_mass; then the packed kept: layout, int32, P, floats (saved.pack).
 
     stats: names with commas between them, because an op with a backward of its own takes no lists.
     """
@@ -130,7 +130,7 @@ def _(hidden, weight, bias, targets, *rest):  # type: ignore[no-untyped-def]
     count, columns, probs, floats = (context.new_dynamic_size() if keeps else 0 for _ in range(4))
     return [
         *results,
-        hidden.new_empty((count, 4), dtype=torch.int64),
+        hidden.new_empty((count, 5), dtype=torch.int64),
         hidden.new_empty(columns, dtype=torch.int32),
         hidden.new_empty(probs, dtype=dtype),
         hidden.new_empty(floats, dtype=result_dtype(dtype)),

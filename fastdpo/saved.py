@@ -6,13 +6,14 @@ Rows here are the tokens that count, in order.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .compaction import Compact
+from .compaction import Compact, Sparse
 from .inputs import result_dtype
 
 
@@ -30,7 +31,7 @@ class Exponentials(NamedTuple):
     scale: Tensor  # float32 [waves, n]
 
 
-Kept = Compact | Frozen | Exponentials
+Kept = Compact | Sparse | Frozen | Exponentials
 Tiles = list[tuple[int, int, Kept | None]]  # first row, last row + 1; None: dense, or nothing kept
 
 
@@ -41,7 +42,7 @@ class Saved(NamedTuple):
     tiles: Tiles
 
 
-_KINDS: tuple[Any, ...] = (Compact, Frozen, Exponentials)
+_KINDS: tuple[Any, ...] = (Compact, Sparse, Frozen, Exponentials)
 
 
 def flatten(saved: Saved | None) -> tuple[Any, list[Tensor]]:
@@ -68,45 +69,55 @@ def unflatten(layout: Any, tensors: list[Tensor]) -> Saved | None:
 
 
 def pack(saved: Saved | None, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """What tiles keep as four tensors: layout int64 `[tiles, 4]`, columns int32, probs, floats (see unpack)."""
-    layout, columns, probs, floats = [], [], [], []
+    """What tiles keep as four tensors: layout int64 `[tiles, 5]`, then all that is int32, P, and floats, end to end.
+
+    A row of the layout: first, last, kind (-1: nothing kept), columns, entries; see unpack.
+    """
+    layout: list[tuple[int, ...]] = []
+    pools: dict[str, list[Tensor]] = {"int": [], "probs": [], "float": []}
     for first, last, kept in () if saved is None else saved.tiles:
-        layout.append((first, last, len(kept or ()), len(kept.columns) if isinstance(kept, Compact) else 0))
-        if isinstance(kept, Compact):
-            columns.append(kept.columns)
-            probs.append(kept.probs.flatten())
-            floats += [kept.dropped, kept.mean_row]
-        elif isinstance(kept, Frozen):
-            floats += [kept.dropped, kept.hidden_grad.flatten()]
+        if kept is None or isinstance(kept, Exponentials):
+            layout.append((first, last, -1, 0, 0))
+            continue
+        columns = 0 if isinstance(kept, Frozen) else len(kept.columns)
+        entries = len(kept.entries) if isinstance(kept, Sparse) else 0
+        layout.append((first, last, _KINDS.index(type(kept)), columns, entries))
+        for name, part in kept._asdict().items():
+            pools[_pool(name)].append(part.flatten())
     dtypes = (torch.int32, dtype, result_dtype(dtype))
     rest = [
         torch.cat(parts) if parts else torch.empty(0, dtype=kind, device=device)
-        for parts, kind in zip((columns, probs, floats), dtypes, strict=True)
+        for parts, kind in zip(pools.values(), dtypes, strict=True)
     ]
-    return [torch.tensor(layout, dtype=torch.int64).view(-1, 4).to(device), *rest]
+    return [torch.tensor(layout, dtype=torch.int64).view(-1, 5).to(device), *rest]
 
 
 def unpack(packed: Sequence[Tensor], width: int) -> Saved | None:
-    """The inverse of pack, whose layout has each tile's first, last, number of tensors and of columns. width: H."""
-    layout, columns, probs, floats = packed
+    """The inverse of pack. width: H."""
+    layout, *tensors = packed
+    pools = dict(zip(("int", "probs", "float"), tensors, strict=True))
     tiles: Tiles = []
-    column = prob = number = 0
-    for first, last, count, k in layout.tolist():
-        n = last - first
-        kept: Compact | Frozen | None = None
-        if count:
-            dropped = floats[number : number + n]
-            number += n
-            more = width if count == len(Compact._fields) else n * width
-            rest = floats[number : number + more]
-            number += more
-            if count == len(Compact._fields):
-                kept = Compact(columns[column : column + k], probs[prob : prob + k * n].view(k, n), dropped, rest)
-                column, prob = column + k, prob + k * n
-            else:
-                kept = Frozen(dropped, rest.view(n, width))
-        tiles.append((first, last, kept))
+    for first, last, kind, k, e in layout.tolist():
+        n, parts = last - first, []
+        shapes = {
+            "columns": (k,),
+            "starts": (k + 1,),
+            "entries": (e,),
+            "probs": (k, n),
+            "dropped": (n,),
+            "mean_row": (width,),
+            "hidden_grad": (n, width),
+        }
+        for name in () if kind < 0 else _KINDS[kind]._fields:
+            pool, size = _pool(name), math.prod(shapes[name])
+            parts.append(pools[pool][:size].view(shapes[name]))
+            pools[pool] = pools[pool][size:]
+        tiles.append((first, last, _KINDS[kind](*parts) if parts else None))
     return Saved(None, tiles) if tiles else None
+
+
+def _pool(field: str) -> str:
+    return "probs" if field == "probs" else "int" if field in ("columns", "starts", "entries") else "float"
 
 
 def dropped_mass(saved: Saved | None, targets: Tensor) -> Tensor:
@@ -115,7 +126,7 @@ def dropped_mass(saved: Saved | None, targets: Tensor) -> Tensor:
     if saved is not None:
         rows = counted(targets, saved)
         for first, last, kept in saved.tiles:
-            if isinstance(kept, (Compact, Frozen)):
+            if isinstance(kept, (Compact, Sparse, Frozen)):
                 result[slice(first, last) if rows is None else rows[first:last]] = kept.dropped
     return result
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import compaction
-from .compaction import Compact
+from .compaction import Compact, Sparse
 from .inputs import result_dtype
 from .options import Transform
 from .products import add_product, write_product
@@ -184,7 +184,7 @@ def _freeze(head: Head, rows: RowGrads, x: Tensor, tiles: Tiles) -> Tiles:
     dx = _zeros(x, x.shape)
     _compact(head, x, unit, tiles, dx, None, None, add=False)
     return [
-        (first, last, Frozen(kept.dropped, dx[first:last]) if isinstance(kept, Compact) else None)
+        (first, last, Frozen(kept.dropped, dx[first:last]) if isinstance(kept, (Compact, Sparse)) else None)
         for first, last, kept in tiles
     ]
 
@@ -247,14 +247,13 @@ def _compact(
             part = slice(first, last)
             factors = kept.scale * (grad_logps[part] * (-head.transform.logit_scale / head.transform.temperature))
             _from_exponentials(head, x[part], kept.values, factors, None if dx is None else dx[part], dw, db)
+    sparse = [(first, kept) for first, _, kept in tiles if isinstance(kept, Sparse)]
+    if sparse:
+        head.kernels.stream_backward(
+            x, head.weight, targets, logps, lse, grad_logps, head.transform, sparse, dx, dw, db, add
+        )
     compact = [(first, last, kept) for first, last, kept in tiles if isinstance(kept, Compact)]
     if not compact:
-        return
-    if head.streams():
-        head.kernels.stream_backward(
-            *(x, head.weight, targets, logps, lse, grad_logps, head.transform),
-            *([(first, kept) for first, _, kept in compact], dx, dw, db, add),
-        )
         return
     if not add:
         for whole in (dw, db):

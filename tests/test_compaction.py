@@ -35,6 +35,14 @@ def gradients(hidden: Tensor, weight: Tensor, labels: Tensor, g: Tensor, **keywo
     return out.logps.detach(), out.dropped_mass, h.grad, w.grad
 
 
+def filled(kept: compaction.Sparse) -> compaction.Compact:
+    """With P whole, zeros where it has no entry."""
+    columns = torch.repeat_interleave(torch.arange(len(kept.columns)), kept.starts.diff())
+    probs = torch.zeros(len(kept.columns), len(kept.dropped), dtype=torch.bfloat16)
+    probs[columns, kept.entries >> 16] = kept.entries.short().view(torch.bfloat16)
+    return compaction.Compact(kept.columns, probs, kept.dropped, kept.mean_row)
+
+
 def test_choose_columns() -> None:
     mass = torch.tensor([0.5, 1e-4, 0.2, 2e-4, 0.3, 5e-4])
     for targets, budget, kept in (
@@ -287,11 +295,35 @@ def test_streamed_tile(vocab: int, tokens: int, weight_dtype: torch.dtype, trans
     assert_close(again[0], truth[0], plain[0], unit=10)
     if compact is not None:
         probs = torch.softmax(eager._transformed(logits, transform)[0], dim=1)[:, compact.columns].T
-        torch.testing.assert_close(compact.probs.double(), probs, rtol=2**-8, atol=1e-6)
+        found = filled(compact).probs.double()
+        assert len(compact.entries) == found.count_nonzero()
+        torch.testing.assert_close(found, torch.where(probs > TOL * 2**-13, probs, 0), rtol=2**-8, atol=1e-7)
         assert set(labels.tolist()) <= set(compact.columns.tolist())
         assert (compact.columns.diff() > 0).all()
-        torch.testing.assert_close(compact.dropped.double(), 1 - probs.sum(0), rtol=1e-3, atol=1e-5)
+        kept = torch.where(found > 0, probs, 0).sum(0)
+        torch.testing.assert_close(compact.dropped.double(), 1 - kept, rtol=1e-3, atol=1e-5)
         assert compact.dropped.sum() <= TOL * tokens * 1.001
+
+
+@pytest.mark.skipif(not STREAMS, reason="this CPU has no bf16 products")
+def test_streamed_small_entries() -> None:
+    """20,000 columns, each 2^-17 of one token and 2^-23.5 of 255: these hold twice the tolerance, so they stay."""
+    cpu = load("cpu")
+    assert not isinstance(cpu, str)
+    tokens, tol = 256, 2.0**-10
+    hidden, weight, bias = torch.eye(tokens).bfloat16(), torch.zeros(60000, tokens), torch.full((60000,), -100.0)
+    columns = torch.arange(40000, 60000)
+    weight[columns, columns % tokens] = 4.5
+    bias[columns], bias[0] = -16.3, 0.0
+    labels = torch.zeros(tokens, dtype=torch.int64)
+    results, (kept,), _ = cpu.stream_forward(
+        hidden, weight.bfloat16(), bias, labels, Transform(), (), tokens, tol, 256.0
+    )
+    assert kept is not None and 8000 < len(kept.columns) < 15000 and len(kept.entries) == tokens * len(kept.columns)
+    probs = torch.exp(hidden.double() @ weight.double().T + bias.double() - results[1].double()[:, None])
+    lost = 1 - probs[:, kept.columns].sum(1)
+    torch.testing.assert_close(kept.dropped.double(), lost, rtol=1e-3, atol=1e-6)
+    assert 0.9 * tol < kept.dropped.mean() <= 1.001 * tol
 
 
 @pytest.mark.skipif(not STREAMS, reason="this CPU has no bf16 products")
@@ -357,7 +389,7 @@ def test_streamed_backward(add: bool, weight_dtype: torch.dtype, transform: Tran
     inputs = [
         (
             compaction.Rows(*(x[a : a + 96].double() if x.is_floating_point() else x[a : a + 96] for x in rows)),
-            compaction.Compact(*(x.double() if x.is_floating_point() else x for x in compact)),
+            compaction.Compact(*(x.double() if x.is_floating_point() else x for x in filled(compact))),
         )
         for rows in [(hidden, labels, logps, lse, g)]
         for a, compact in tiles

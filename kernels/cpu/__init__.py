@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastdpo.compaction import Compact
+from fastdpo.compaction import Sparse
 from fastdpo.eager import add_weight_gradient, column_mass, column_probs
 from fastdpo.options import Transform
 from fastdpo.saved import Exponentials
@@ -90,7 +90,7 @@ def stream_forward(
     grad_tol: float,
     workspace_mb: float,
     keep: bool = False,
-) -> tuple[list[Tensor], list[Compact | None], Exponentials | None]:
+) -> tuple[list[Tensor], list[Sparse | None], Exponentials | None]:
     """row_forward's results straight from hidden states (float32 logits, never as a whole); each tile's kept columns.
 
     None in their place where grad_tol is 0 or the softmax is not sparse enough (or the workspace too small to see it).
@@ -106,7 +106,8 @@ def stream_forward(
     if keep:
         exponentials = Exponentials(*out[count : count + 2]) if len(out[count]) else None
         count += 2
-    tiles = [Compact(*out[i : i + 4]) if len(out[i]) else None for i in range(count, len(out), 4)]
+    size = len(Sparse._fields)
+    tiles = [Sparse(*out[i : i + size]) if len(out[i]) else None for i in range(count, len(out), size)]
     return results, tiles, exponentials
 
 
@@ -123,7 +124,7 @@ def stream_backward(
     lse: Tensor,
     grad_logps: Tensor,
     transform: Transform,
-    tiles: list[tuple[int, Compact]],  # first token; columns
+    tiles: list[tuple[int, Sparse]],  # first token; columns
     dx: Tensor | None,  # float32 [N, H]: the tiles' rows are written
     dw: Tensor | None,  # [V, H] like weight
     db: Tensor | None,  # [V]

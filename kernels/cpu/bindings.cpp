@@ -120,12 +120,12 @@ void streamed_gradient(
 }
 
 // row results as forward(); where `keep`, values bf16 [V, n] (or [0, n]: not usable) and scale of Exponentials; then
-// columns int32 [k], probs bf16 [k, n], dropped [n], mean_row [H] of each tile; k = 0: dense
+// columns, starts, entries, dropped, mean_row of each tile (Sparse); no columns: dense
 std::vector<Tensor> stream(
     const Tensor& hidden, const Tensor& weight, const OptTensor& bias, const Tensor& targets, double logit_scale,
     std::optional<double> softcap, double temperature, bool stats, int64_t tile_tokens, double grad_tol,
     double workspace_mb, bool keep) {
-  TORCH_CHECK(tile_tokens > 0, "tile_tokens: expected a positive number, got ", tile_tokens);
+  TORCH_CHECK(0 < tile_tokens && tile_tokens <= 65536, "tile_tokens: expected 1 to 65536, got ", tile_tokens);
   const auto in = stream_inputs(hidden, weight, bias, targets, {logit_scale, softcap, temperature});
   auto [out, results] = row_results(hidden, in.n, stats);
   Exponentials kept{nullptr, nullptr, in.n};
@@ -141,15 +141,15 @@ std::vector<Tensor> stream(
     out.push_back(kept.usable ? values : at::empty({0, in.n}, hidden.options()));
     out.push_back(scale);
   }
-  for (const Compact& tile : tiles) {
+  for (const Sparse& tile : tiles) {
     const bool kept = tile.columns.defined();
-    for (const Tensor& part : {tile.columns, tile.probs, tile.dropped, tile.mean_row})
+    for (const Tensor& part : {tile.columns, tile.starts, tile.entries, tile.dropped, tile.mean_row})
       out.push_back(kept ? part : at::empty({0}, hidden.options().dtype(at::kFloat)));
   }
   return out;
 }
 
-// Of the tiles that start at tokens `firsts`, four tensors each as stream() returned them. dx float32 [n, H], dw like
+// Of the tiles that start at tokens `firsts`, five tensors each as stream() returned them. dx float32 [n, H], dw like
 // weight, db float32 [V]; with `add`, dw and db hold another part already.
 void compact_backward(
     const Tensor& hidden, const Tensor& weight, const Tensor& targets, const Tensor& logps, const Tensor& lse,
@@ -158,15 +158,17 @@ void compact_backward(
     bool add) {
   const auto in = stream_inputs(hidden, weight, std::nullopt, targets, {logit_scale, softcap, temperature});
   const RowGrads grads{floats(logps, in.n), floats(lse, in.n), nullptr, floats(grad_logps, in.n), nullptr};
-  TORCH_CHECK(kept.size() == 4 * firsts.size(), "kept: expected four tensors a tile");
-  std::vector<Compact> compacts;
+  TORCH_CHECK(kept.size() == 5 * firsts.size(), "kept: expected five tensors a tile");
+  std::vector<Sparse> sparse;
   std::vector<CompactTile> tiles;
-  compacts.reserve(firsts.size());
+  sparse.reserve(firsts.size());
   for (size_t t = 0; t < firsts.size(); ++t) {
-    const Compact& tile = compacts.emplace_back(Compact{kept[4 * t], kept[4 * t + 1], kept[4 * t + 2], kept[4 * t + 3]});
+    const Tensor* parts = &kept[5 * t];
+    const Sparse& tile = sparse.emplace_back(Sparse{parts[0], parts[1], parts[2], parts[3], parts[4]});
     const int64_t n = tile.dropped.numel(), k = tile.columns.numel();
     check_rows(tile.columns, k);
-    check_rows(tile.probs, k * n);
+    check_rows(tile.starts, k + 1);
+    check_rows(tile.entries, tile.starts.const_data_ptr<int32_t>()[k]);
     check_rows(tile.mean_row, in.width);
     TORCH_CHECK(0 <= firsts[t] && firsts[t] + n <= in.n, "firsts: expected tiles within the tokens");
     tiles.push_back({firsts[t], n, tile});

@@ -42,6 +42,15 @@ struct CompactGradient {
     }
   }
 
+  // One entry of token i, which is not its target
+  float entry(float p, int64_t i) const {
+    const float grad = float(-slope) * grads.grad_logps[i] * p;
+    if (!softcap)
+      return grad;
+    const float tanh = std::clamp((std::log(p) + grads.lse[i]) * float(per_z), -1.f, 1.f);
+    return grad * (1.f - tanh * tanh);
+  }
+
   // Of token i's own target: the saved logp is exact, P is rounded
   float target(int64_t i) const {
     const double logp = grads.logps[i], tanh = (logp + grads.lse[i]) * per_z;

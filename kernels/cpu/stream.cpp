@@ -266,7 +266,7 @@ bool finish(
 
 // One tile: its row results into `out` (of its tokens), and its columns
 template <typename W, bool kSoftcap, bool kStats>
-Compact run(
+Sparse run(
     Tile& tile, std::vector<Chunk>& chunks, double workspace_mb, const RowResults& out, Exponentials& kept) {
   const auto& in = tile.in;
   Streamer<W, kSoftcap, kStats> streamer(tile, kept);
@@ -363,7 +363,7 @@ Compact run(
   if (keep == Keep::kExponentials)
     kept.usable &= finite && !streamer.overflowed && finish(tile, streamer.base2, lse2, out.logps, kept);
   // A NaN or infinite lse has no order of masses to choose by
-  return keep == Keep::kCandidates && finite ? choose(tile, chunks, lse2, std::move(dropped)) : Compact{};
+  return keep == Keep::kCandidates && finite ? choose(tile, chunks, lse2, std::move(dropped)) : Sparse{};
 }
 
 template <typename W>
@@ -374,13 +374,13 @@ auto runner(bool softcap, bool stats) {
 
 }  // namespace
 
-std::vector<Compact> stream_forward(
+std::vector<Sparse> stream_forward(
     const StreamInputs& in, int64_t tile_tokens, double grad_tol, double workspace_mb, const RowResults& out,
     Exponentials& kept) {
   const bool softcap = in.transform.softcap.has_value(), stats = out.entropy != nullptr;
   const auto one = in.float_weight ? runner<float>(softcap, stats) : runner<BFloat16>(softcap, stats);
   std::vector<Chunk> chunks((in.vocab + kChunk - 1) / kChunk);
-  std::vector<Compact> tiles;
+  std::vector<Sparse> tiles;
   int64_t dense = 0;
   for (int64_t first = 0; first < in.n; first += tile_tokens) {
     StreamInputs part = in;

@@ -22,12 +22,13 @@ struct StreamInputs {
   Transform transform;
 };
 
-// The columns that a tile keeps (fastdpo/compaction.py). Not defined: the softmax was not sparse enough, the tile is
-// to be handled as dense.
-struct Compact {
+// What a tile keeps (fastdpo/compaction.py): of P = p[:, columns] only the entries that are worth their memory, an
+// eighth of it on real text. Not defined: the softmax was not sparse enough, the tile is to be handled as dense.
+struct Sparse {
   at::Tensor columns;  // int32 [k] ascending, every target among them
-  at::Tensor probs;  // bf16 [k, n]
-  at::Tensor dropped;  // float32 [n] probability outside of the columns
+  at::Tensor starts;  // int32 [k + 1] entries of column c: starts[c] .. starts[c+1]-1
+  at::Tensor entries;  // int32 [e] token << 16 | bits of p in bf16
+  at::Tensor dropped;  // float32 [n] probability outside of the entries
   at::Tensor mean_row;  // float32 [H] mean of the dropped rows of weight, by their mass
 };
 
@@ -41,10 +42,10 @@ struct Exponentials {
   bool usable = true;  // false: a logit left the range of these numbers
 };
 
-// Row results of all tokens; and one Compact for each tile of tile_tokens. Dropped: at most grad_tol * n in sum.
+// Row results of all tokens; and one Sparse for each tile of tile_tokens. Dropped: at most grad_tol * n in sum.
 // grad_tol = 0: no columns; `kept` where it is not null. workspace_mb bounds what the search for columns may hold; a tile that needs more is
 // dense.
-std::vector<Compact> stream_forward(
+std::vector<Sparse> stream_forward(
     const StreamInputs&, int64_t tile_tokens, double grad_tol, double workspace_mb, const RowResults& out,
     Exponentials& kept);
 
@@ -53,7 +54,7 @@ void stream_gradient(const StreamInputs&, const RowGrads&, int64_t first, int64_
 
 struct CompactTile {
   int64_t first, n;  // its tokens
-  const Compact& kept;
+  const Sparse& kept;
 };
 
 // The compact backward of tiles: dX [n, H] float32 of their tokens, dW [V, H] and db [V] whole. Null: not needed.

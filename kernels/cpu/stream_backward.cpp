@@ -1,4 +1,5 @@
-// The compact backward: D [k, n] = gradient of a tile's kept logits (compact_gradient.h), and over all tiles
+// The compact backward: D [k, n] = gradient of a tile's kept logits (compact_gradient.h; 0 where P has no entry), and
+// over all tiles
 //
 //   dX = D.T @ weight[S] - slope (g t) ⊗ mean_row        dW[S] += D @ X        db[S] += D.sum(tokens)
 //
@@ -38,8 +39,7 @@ struct Target {
 // One tile, as both passes want it
 struct Tile {
   int64_t first, n, even, k;  // even: n, up to an even number
-  const int32_t* columns;
-  const BFloat16* probs;
+  const int32_t *columns, *starts, *entries;
   const float *dropped, *mean_row;
   std::vector<Target> targets;  // by slot
 
@@ -49,7 +49,8 @@ struct Tile {
         even(up(tile.n, 2)),
         k(tile.kept.columns.numel()),
         columns(tile.kept.columns.const_data_ptr<int32_t>()),
-        probs(tile.kept.probs.const_data_ptr<BFloat16>()),
+        starts(tile.kept.starts.const_data_ptr<int32_t>()),
+        entries(tile.kept.entries.const_data_ptr<int32_t>()),
         dropped(tile.kept.dropped.const_data_ptr<float>()),
         mean_row(tile.kept.mean_row.const_data_ptr<float>()) {
     for (int64_t i = 0; i < n; ++i)
@@ -66,13 +67,15 @@ struct Tile {
   // D of slots begin .. end-1 into the first rows of `out` [rows, even]; the others become zero
   void gradient(
       const CompactGradient& gradient, int64_t begin, int64_t end, int64_t rows, std::vector<BFloat16>& out) const {
-    out.resize(rows * even);
+    out.assign(rows * even, BFloat16(0));
     for (int64_t j = begin; j < end; ++j) {
       BFloat16* row = out.data() + (j - begin) * even;
-      gradient.column(probs + j * n, first, n, row);
-      std::fill(row + n, row + even, BFloat16(0));
+      for (int32_t e = starts[j]; e < starts[j + 1]; ++e) {
+        const uint32_t entry = uint32_t(entries[e]), token = entry >> 16;
+        row[token] = BFloat16(
+            gradient.entry(BFloat16(uint16_t(entry), BFloat16::from_bits()), first + int64_t(token)));
+      }
     }
-    std::fill(out.data() + (end - begin) * even, out.data() + rows * even, BFloat16(0));
     auto target = std::lower_bound(
         targets.begin(), targets.end(), begin, [](Target t, int64_t slot) { return t.slot < slot; });
     for (; target != targets.end() && target->slot < end; ++target)

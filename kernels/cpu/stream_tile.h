@@ -126,8 +126,8 @@ struct Tile {
   }
 };
 
-// The columns to keep among the chunks' candidates; dropped [n]: what was dropped before. lse2 [padded]: in base 2.
+// The columns and entries to keep among the chunks' candidates; dropped [n]: what was dropped before. lse2 [padded]: in base 2.
 // Not defined where they would be too many.
-Compact choose(const Tile&, std::vector<Chunk>&, const std::vector<float>& lse2, std::vector<double> dropped);
+Sparse choose(const Tile&, std::vector<Chunk>&, const std::vector<float>& lse2, std::vector<double> dropped);
 
 }  // namespace fastdpo
