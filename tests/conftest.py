@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterator
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: a thread that waits must not spin
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from close import assert_close
@@ -264,6 +266,29 @@ def test_retained_graph_and_accumulation() -> None:
     torch.testing.assert_close(both, 2 * first[1])
 
 
+@pytest.mark.parametrize("kind", ["tied", "view", "transposed"])
+def test_weights_as_models_hold_them(kind: str, backend: str) -> None:
+    """Tied to the embedding, rows of a larger parameter, a transposed buffer: compact, over three micro-batches."""
+    dtype = torch.float16 if backend == "triton" else torch.bfloat16  # the interpreter truncates to bf16
+    hidden, weight, labels = peaked(90)
+    ids = torch.randint(0, len(weight), (90,))
+    stored = {"tied": weight, "view": torch.cat([weight, weight[:50]]), "transposed": weight.T}[kind]
+
+    def run(parameter: Tensor, batches: int, **keywords: Any) -> None:
+        for rows in torch.arange(90).chunk(batches):
+            head = {"tied": parameter, "view": parameter[: len(weight)], "transposed": parameter.T}[kind]
+            states = hidden[rows].to(parameter.dtype) + (parameter[ids[rows]] * 0.1 if kind == "tied" else 0)
+            out = linear_token_logps(states, head, labels[rows], stats=("dropped_mass",), **keywords)
+            assert out.dropped_mass.any() == (dtype == parameter.dtype)
+            out.logps.sum().backward()
+
+    leaf = stored.contiguous().to(dtype).requires_grad_()
+    truth = leaf.detach().double().requires_grad_()
+    run(leaf, 3, grad_tol=TOL, backend=backend)
+    run(truth, 1)
+    assert (leaf.grad.double() - truth.grad).norm() < 2e-2 * truth.grad.norm()
+
+
 STREAMS = not isinstance(load("cpu"), str) and load("cpu").streams()  # type: ignore[union-attr]
 
 
@@ -303,6 +328,30 @@ def test_streamed_tile(vocab: int, tokens: int, weight_dtype: torch.dtype, trans
         kept = torch.where(found > 0, probs, 0).sum(0)
         torch.testing.assert_close(compact.dropped.double(), 1 - kept, rtol=1e-3, atol=1e-5)
         assert compact.dropped.sum() <= TOL * tokens * 1.001
+
+
+@pytest.mark.skipif(not STREAMS, reason="this CPU has no bf16 products")
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(tokens=st.integers(1, 60), sharp=st.floats(0.5, 3.0), tol=st.floats(1e-4, 0.05), seed=st.integers(0, 2**16))
+def test_the_bound_holds_of_entries(tokens: int, sharp: float, tol: float, seed: int) -> None:
+    """A streamed tile drops single entries too: its dX with unrounded P, against the bound by its dropped mass."""
+    cpu = load("cpu")
+    assert not isinstance(cpu, str)
+    hidden, weight, labels = (
+        x.bfloat16() if x.is_floating_point() else x for x in peaked(tokens, 5003, 8, sharp, seed)
+    )
+    _, (kept,), _ = cpu.stream_forward(hidden, weight, None, labels, Transform(), (), tokens, tol, 256.0)
+    if kept is None:
+        return
+    assert kept.dropped.sum() <= tol * tokens * 1.001
+    probs = torch.softmax(hidden.double() @ weight.double().T, dim=1)
+    there = torch.zeros_like(probs)
+    there[:, kept.columns] = (filled(kept).probs.T > 0).double()
+    g = torch.randn(tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    rest = probs * (1 - there)  # what dX lacks, but for its mean direction
+    error = (g[:, None] * (rest @ weight.double() - kept.dropped[:, None] * kept.mean_row.double())).norm(dim=1)
+    bound = hidden_error_bound(g, kept.dropped, weight, kept.mean_row, Transform())
+    assert (error <= bound * (1 + 1e-3) + 1e-6).all()
 
 
 @pytest.mark.skipif(not STREAMS, reason="this CPU has no bf16 products")

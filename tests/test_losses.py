@@ -324,7 +324,7 @@ def test_errors(loss_type: Any, options: dict[str, Any], message: str) -> None:
         (dict(beta="0.1"), "beta: expected a number, got str"),
         (dict(beta=lambda step: 0.1), "step: beta is a schedule, which needs the step as an int, got None"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
 def test_wrong_types(options: dict[str, Any], message: str) -> None:
     logits, labels, _ = one_pair()
