@@ -9,7 +9,7 @@ demo: $(READY)
 	$(BIN)/fastdpo demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.xdist_group("compiled")  # once, for one worker
 
 TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
 # Names of compile_offline.CASES
