@@ -47,7 +47,7 @@ class Sparse(NamedTuple):
     starts: Tensor  # int32 [k + 1]: column c has entries starts[c] .. starts[c + 1] - 1
     entries: Tensor  # int32 [e]: token << 16 | bits of p in bf16
     dropped: Tensor  # [n] float32, all that no entry holds
-    mean_row: Tensor  # [H] float32
+    mean_row: Tensor  # [H] float32, of the columns dropped whole, about by their mass
 
 
 class Rows(NamedTuple):

@@ -41,7 +41,7 @@ def filled(kept: compaction.Sparse) -> compaction.Compact:
     """With P whole, zeros where it has no entry."""
     columns = torch.repeat_interleave(torch.arange(len(kept.columns)), kept.starts.diff())
     probs = torch.zeros(len(kept.columns), len(kept.dropped), dtype=torch.bfloat16)
-    probs[columns, kept.entries >> 16] = kept.entries.short().view(torch.bfloat16)
+    probs[columns, kept.entries >> 16 & 0xFFFF] = kept.entries.short().view(torch.bfloat16)
     return compaction.Compact(kept.columns, probs, kept.dropped, kept.mean_row)
 
 
@@ -394,6 +394,77 @@ def test_streamed_extremes() -> None:
     torch.testing.assert_close(lse.double(), truth[1], rtol=1e-6, atol=1e-4)
     torch.testing.assert_close(entropy.double(), truth[2], rtol=1e-3, atol=1e-3)
     assert compact is not None and set(labels.tolist()) <= set(compact.columns.tolist())
+
+
+@pytest.mark.skipif(not STREAMS, reason="this CPU has no bf16 products")
+@pytest.mark.parametrize("level", [-1000.0, 300.0, 50000.0])
+def test_streamed_far_from_zero(level: float) -> None:
+    """All logits shifted by one number: the same P, also where the last vector of tokens is not full."""
+    cpu = load("cpu")
+    assert not isinstance(cpu, str)
+    hidden, weight, labels = peaked(250, 9001, 32)
+    hidden, weight, bias = hidden.bfloat16(), weight.bfloat16(), torch.full((9001,), level)
+    results, (kept,), _ = cpu.stream_forward(hidden, weight, bias, labels, Transform(), (), 256, TOL, 256.0)
+    assert kept is not None
+    logits = (hidden.double() @ weight.double().T).float() + bias  # as float32 holds them
+    probs = torch.softmax(logits.double(), dim=1)[:, kept.columns].T
+    there = filled(kept).probs > 0
+    error = (filled(kept).probs.double() - probs)[there].abs() / probs[there]
+    assert error.mean() < 1.5e-3  # of the rounding to bf16 alone: 1.2e-3
+    torch.testing.assert_close(results[1].double(), torch.logsumexp(logits.double(), 1), rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.skipif(not STREAMS, reason="this CPU has no bf16 products")
+@pytest.mark.parametrize("tol", [TOL, 0.0])
+def test_streamed_nan_stays_with_its_token(tol: float) -> None:
+    """Whichever vector of tokens it is in; the others' logits are far enough from their targets' to overflow."""
+    cpu = load("cpu")
+    assert not isinstance(cpu, str)
+    for tokens, bad in ((2, 1), (40, 39), (40, 3)):
+        hidden, weight = (
+            torch.ones(tokens, 2).bfloat16(),
+            torch.linspace(-100, 100, 401).bfloat16()[:, None].expand(-1, 2),
+        )
+        hidden[bad] = torch.nan
+        labels = torch.zeros(tokens, dtype=torch.int64)
+        (logps, lse), (kept,), _ = cpu.stream_forward(
+            hidden, weight.contiguous(), None, labels, Transform(), (), 256, tol, 256.0
+        )
+        truth = torch.log_softmax(hidden.double() @ weight.double().T, 1)[:, 0]
+        torch.testing.assert_close(logps.double(), truth, rtol=1e-6, atol=1e-4, equal_nan=True)
+        assert kept is None and lse.isnan().sum() == 1
+
+
+@pytest.mark.skipif(not STREAMS, reason="this CPU has no bf16 products")
+def test_streamed_masked_target() -> None:
+    """A target of logit -inf is no bound of anything; the rest are far below zero."""
+    cpu = load("cpu")
+    assert not isinstance(cpu, str)
+    hidden, weight, _ = peaked(40, 9001, 16)
+    hidden, weight, bias = hidden.bfloat16(), weight.bfloat16(), torch.full((9001,), -1000.0)
+    bias[5] = -torch.inf
+    labels = torch.full((40,), 5)
+    for tol in (TOL, 0.0):
+        (logps, lse), _, _ = cpu.stream_forward(hidden, weight, bias, labels, Transform(), (), 256, tol, 256.0)
+        truth = torch.logsumexp(hidden.double() @ weight.double().T + bias.double(), 1)
+        torch.testing.assert_close(lse.double(), truth, rtol=1e-6, atol=1e-4)
+        assert (logps == -torch.inf).all()
+
+
+@pytest.mark.skipif(not STREAMS, reason="this CPU has no bf16 products")
+@pytest.mark.parametrize("vocab", [50257, 131072])
+def test_streamed_late_column(vocab: int) -> None:
+    """One token is sure of a column beyond the first waves, and its target says nothing: the tile stays sparse."""
+    cpu = load("cpu")
+    assert not isinstance(cpu, str)
+    hidden, weight = torch.zeros(256, 2).bfloat16(), torch.zeros(vocab, 2)
+    hidden[:255, 0] = hidden[255, 1] = 1.0
+    late = vocab * 3 // 10
+    weight[7, 0], weight[late, 1], weight[9, 1] = 40.0, 40.0, 10.0
+    labels = torch.full((256,), 7)
+    labels[255] = 9
+    _, (kept,), _ = cpu.stream_forward(hidden, weight.bfloat16(), None, labels, Transform(), (), 256, TOL, 256.0)
+    assert kept is not None and {7, 9, late} <= set(kept.columns.tolist())
 
 
 @pytest.mark.skipif(not STREAMS, reason="this CPU has no bf16 products")

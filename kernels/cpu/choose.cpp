@@ -72,16 +72,19 @@ struct Weighed {
   double below = 0;  // mass of all entries that are not above it
 };
 
-// p = e * factor [padded], with the bounds that the chunk's e were taken from
-std::vector<float> factors(const Chunk& chunk, const std::vector<float>& lse2) {
+// p = e * factor [padded], with the bounds that the chunk's e were taken from. In float64 until they are subtracted: where
+// they are in the thousands, float32 would leave a thousandth of p.
+std::vector<float> factors(const Chunk& chunk, const std::vector<double>& lse2) {
   std::vector<float> result(lse2.size());
+  for (size_t i = 0; i < lse2.size(); ++i)
+    result[i] = float(chunk.sums.m[i] - lse2[i]);
   for (size_t i = 0; i < lse2.size(); i += kLanes)
-    exp2(F::loadu(chunk.sums.m.data() + i) - F::loadu(lse2.data() + i)).store(result.data() + i);
+    exp2(F::loadu(result.data() + i)).store(result.data() + i);
   return result;
 }
 
 Weighed weigh(
-    const Tile& tile, std::vector<Chunk>& chunks, const std::vector<int64_t>& start, const std::vector<float>& lse2,
+    const Tile& tile, std::vector<Chunk>& chunks, const std::vector<int64_t>& start, const std::vector<double>& lse2,
     float floor) {
   Weighed out{std::vector<float>(start.back()), std::vector<int32_t>(start.back()), std::vector<char>(start.back())};
   std::vector<double> below(chunks.size(), 0.);
@@ -111,7 +114,7 @@ Weighed weigh(
 }  // namespace
 
 Sparse choose(
-    const Tile& tile, std::vector<Chunk>& chunks, const std::vector<float>& lse2, std::vector<double> dropped) {
+    const Tile& tile, std::vector<Chunk>& chunks, const std::vector<double>& lse2, std::vector<double> dropped) {
   const int64_t n = tile.in.n, padded = tile.padded, width = tile.in.width;
   const double budget = tile.grad_tol * double(n) - std::accumulate(dropped.begin(), dropped.end(), 0.);
   if (!(budget >= 0))
@@ -133,7 +136,7 @@ Sparse choose(
     at[j + 1] = at[j] + (keep[j] ? weighed.entries[j] : 0);
   }
   const int64_t kept = slot.back();
-  if (double(kept) > kDense * double(tile.in.vocab))
+  if (double(kept) > kDense * double(tile.in.vocab) || at.back() > std::numeric_limits<int32_t>::max())
     return {};
 
   const auto floats = at::TensorOptions().dtype(at::kFloat), ints = floats.dtype(at::kInt);

@@ -6,8 +6,8 @@
 //
 // A column that nowhere reaches 2^(x-m) > eps nowhere has p > eps, since m <= lse: it is dropped at once, and only its
 // mass is noted. The others are candidates: their 2^(x-m) are kept (a few percent of V), and once lse is known those of
-// least mass are dropped too, up to the tolerance. The bound starts from the target, and rises twice: after the first
-// few columns, of which most become candidates, and after an eighth of Gemma's.
+// least mass are dropped too, up to the tolerance. The bound starts from the target, and rises from wave to wave: the
+// first is of few columns, since most of them become candidates.
 //
 // Chunks and waves are of fixed sizes and merge in order: results do not depend on the number of threads.
 
@@ -133,7 +133,7 @@ struct Streamer {
         const F core = base2.core(raw);
         if (kSoftcap || in.bias)
           core.store(x + c * padded + i);
-        top[c] = larger(top[c], at::vec::fmsub(core, factor, m));
+        top[c] = larger(at::vec::fmsub(core, factor, m), top[c]);  // in this order a NaN hides no other token's
         if constexpr (kStats) {
           total = total + core;
           largest = larger(largest, raw * sign);
@@ -248,13 +248,13 @@ void merge(TokenSums<double>& all, const TokenSums<float>& part, int64_t i) {
 // The bounds become factors, and the targets' entries their gradient: p - 1. False where a factor is too small for that.
 template <typename Base>
 bool finish(
-    const Tile& tile, const Base& base2, const std::vector<float>& lse2, const float* logps, const Exponentials& kept) {
+    const Tile& tile, const Base& base2, const std::vector<double>& lse2, const float* logps, const Exponentials& kept) {
   const int64_t waves = (tile.in.vocab + kWaveRows - 1) / kWaveRows;
   bool usable = true;
   for (int64_t i = 0; i < tile.in.n; ++i) {
     for (int64_t w = 0; w < waves; ++w) {
       float& scale = kept.scale[w * kept.stride + i];
-      scale = std::exp2(scale - lse2[i]);
+      scale = float(std::exp2(scale - lse2[i]));
       usable &= scale > 1e-30f;
     }
     const int64_t y = tile.in.targets[i];
@@ -273,7 +273,7 @@ Sparse run(
   const int64_t n = in.n, count = int64_t(chunks.size());
   for (int64_t i = 0; i < n; ++i) {
     const double x = streamer.base2.core(double(streamer.target_logit(i))) * streamer.base2.factor;
-    tile.bound[i] = std::isfinite(x) ? float(x) : 0.f;
+    tile.bound[i] = std::isfinite(x) ? float(x) : x > 0 ? 0.f : kNoBound;  // rises with the first block
   }
   TokenSums<double> all;
   all.reset(n, -std::numeric_limits<double>::infinity());
@@ -329,7 +329,8 @@ Sparse run(
       to = from + kWave;
       std::copy_n(tile.bound.begin(), n, kept.scale + from / kWave * kept.stride);  // a factor once lse is known
     } else {
-      to = from == 0 ? kProbe : from == kProbe ? kWave : count;
+      // At most an eighth of V, or little: a token whose one likely column is yet to come makes candidates of all others
+      to = from + (from == 0 ? kProbe : std::clamp((count + 7) / 8, kProbe, kWave));
     }
     to = std::min(to, count);
     wave(from, to);
@@ -343,12 +344,12 @@ Sparse run(
       chunk.e = {};
   }
 
-  std::vector<float> lse2(tile.padded, kInfinity);
+  std::vector<double> lse2(tile.padded, kInfinity);
   std::vector<double> dropped(n);
   bool finite = true;
   for (int64_t i = 0; i < n; ++i) {
     const double log2_s = std::log2(all.s[i]);
-    lse2[i] = float(all.m[i] + log2_s);
+    lse2[i] = all.m[i] + log2_s;
     finite &= std::isfinite(lse2[i]);
     dropped[i] = all.dropped[i] / all.s[i];
     out.logps[i] = float(streamer.base2.to_natural(tile.target_x[i] - all.m[i]) - kLn2 * log2_s);
@@ -397,6 +398,13 @@ std::vector<Sparse> stream_forward(
         {at(out.logps), at(out.lse), at(out.entropy), at(out.mean_logits), at(out.log_sum_sq_probs), at(out.is_top1)},
         of_tile));
     kept.usable &= of_tile.usable;
+    // Other tiles find their candidates elsewhere: what all of them needed once may be more than one may hold
+    size_t held = 0;
+    for (const auto& chunk : chunks)
+      held += chunk.e.size() * sizeof(float);
+    if (double(held) > workspace_mb * 0x1p20 / 2)
+      for (auto& chunk : chunks)
+        chunk.e = {};
     dense += !tiles.back().columns.defined();
   }
   return tiles;

@@ -29,7 +29,7 @@ struct Sparse {
   at::Tensor starts;  // int32 [k + 1] entries of column c: starts[c] .. starts[c+1]-1
   at::Tensor entries;  // int32 [e] token << 16 | bits of p in bf16
   at::Tensor dropped;  // float32 [n] probability outside of the entries
-  at::Tensor mean_row;  // float32 [H] mean of the dropped rows of weight, by their mass
+  at::Tensor mean_row;  // float32 [H] mean of the dropped rows of weight, about by their mass
 };
 
 constexpr int64_t kWaveRows = 32768;  // columns that share a factor

@@ -13,6 +13,7 @@
 namespace fastdpo {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kNoBound = -1e30f;  // below every x; finite, so that differences are numbers
 
 // Per token, over some columns; as Sums in row_forward.cpp. before/after: largest raw logit on either side of the target
 template <typename Real>
@@ -42,7 +43,7 @@ struct Chunk {
   TokenSums<float> sums;
   std::vector<int32_t> columns;  // candidates
   std::vector<float> e;  // [at least the candidates, padded n]: 2^(x - sums.m)
-  std::vector<float> row_sum;  // [H] sum of mass * weight[v] over dropped columns
+  std::vector<float> row_sum;  // [H] sum of mass * weight[v] over dropped columns; mass: by the bound of their time
   double row_mass = 0;
 
   void reset(int64_t padded, int64_t width) {
@@ -83,7 +84,7 @@ struct Tile {
     std::sort(targets.begin(), targets.end(), [](Target a, Target b) {
       return a.column != b.column ? a.column < b.column : a.token < b.token;
     });
-    bound.assign(padded, 200.f);  // a padding token: 2^(x - 200) is nothing
+    bound.assign(padded, -kNoBound);  // a padding token: 2^(x - 1e30) is nothing, whatever the bias
     target_x.resize(in.n);
     target_raw.resize(in.n);
   }
@@ -126,8 +127,8 @@ struct Tile {
   }
 };
 
-// The columns and entries to keep among the chunks' candidates; dropped [n]: what was dropped before. lse2 [padded]: in base 2.
-// Not defined where they would be too many.
-Sparse choose(const Tile&, std::vector<Chunk>&, const std::vector<float>& lse2, std::vector<double> dropped);
+// The columns and entries to keep among the chunks' candidates; dropped [n]: what was dropped before. lse2 [padded]: in
+// base 2, infinite for padding. Not defined where they would be too many.
+Sparse choose(const Tile&, std::vector<Chunk>&, const std::vector<double>& lse2, std::vector<double> dropped);
 
 }  // namespace fastdpo
