@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .inputs import check_tensor, result_dtype
+from .inputs import check_flag, check_tensor, result_dtype
 
 IGNORE_INDEX = -100
 IGNORED = -1  # what kernels read in place of ignore_index
@@ -46,8 +46,9 @@ def make_layout(
     """The layout of a padded (`cu_seqlens=None`) or packed batch; with shift, the labels aligned with their rows.
 
     Raises:
-        ValueError, TypeError: as `sequence_bounds`.
+        ValueError, TypeError: as `sequence_bounds`; a shift that is not a bool.
     """
+    check_flag("shift", shift)
     bounds = sequence_bounds(labels, cu_seqlens, pairs)
     packed = cu_seqlens is not None
     if shift:

@@ -71,7 +71,8 @@ def unpaired_loss(
         ref_logps: reference logps, float, detached: `[S]`, or per token, shaped like labels. None: reference-free.
         beta: above 0.
         loss_type: a loss whose row in `fastdpo.losses.LOSSES` has a `side`: kto, bco_pair (BCO) or apo_zero.
-        kl: KTO's reference point, a number or a tensor `[]`, a constant; `kto_kl` estimates it.
+        kl: KTO's reference point, a number or a tensor, `[]` or one per sequence, `[S]`; a constant. `kto_kl` estimates
+            it.
         desirable_weight, undesirable_weight: multiply the loss of the one kind and of the other, at least 0.
         length_normalize: sequence logps are means over their tokens, not sums.
         The other keywords: `dpo_loss`.
@@ -175,7 +176,7 @@ def _unpaired(
     tokens: TokenLogps, layout: Layout, desirable: Tensor, ref_logps: Reference | None, options: _Options, backend: str
 ) -> UnpairedOutput:
     logps = tokens.logps.reshape(-1)
-    kl = constant("kl", options.kl, ([],), logps) if isinstance(options.kl, Tensor) else options.kl
+    kl = constant("kl", options.kl, ([], [layout.sequences]), logps) if isinstance(options.kl, Tensor) else options.kl
     desirable = desirable.to(logps.device)
     sums = sequence_sums(logps, layout.bounds, backend)
     ref = reference_sums(ref_logps, layout, logps, None, backend)
