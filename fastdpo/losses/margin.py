@@ -26,7 +26,9 @@ def hinge(pairs: Pairs, options: LossOptions) -> Tensor:
 
 def ipo(pairs: Pairs, options: LossOptions) -> Tensor:
     """(h - 1/(2 beta))^2"""
-    return (pairs.margin - 1 / (2 * options.beta)) ** 2
+    # Scores of an f-divergence may be so large that their square leaves the dtype
+    largest = torch.finfo(pairs.margin.dtype).max ** 0.5 / 1e3
+    return (pairs.margin.clamp(-largest, largest) - 1 / (2 * options.beta)) ** 2
 
 
 def exo_pair(pairs: Pairs, options: LossOptions) -> Tensor:
