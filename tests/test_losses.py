@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastdpo import dpo_loss, sequence_logps, token_logps
 from fastdpo.losses import LOSSES, Loss, LossOptions, Pairs
+from fastdpo.losses.divergences import F_DIVERGENCES
 
 F64 = torch.float64
 
@@ -113,6 +114,29 @@ def test_f_divergences(options: dict[str, Any], margin: float) -> None:
     assert loss_of("sigmoid", beta=1, **options) == pytest.approx(log(1 + exp(-margin)), rel=1e-12)
 
 
+DIVERGED = [(name, "reverse_kl", 1.0) for name in LOSSES] + [
+    (name, divergence, alpha)
+    for name, row in LOSSES.items()
+    if "f_divergence_type" in row.uses
+    for divergence in F_DIVERGENCES
+    for alpha in ((0.5, 1.5, 2.0) if divergence == "alpha_divergence" else (0.5,))
+]
+
+
+@pytest.mark.parametrize(("loss_type", "divergence", "alpha"), DIVERGED)
+def test_huge_log_ratios_are_finite(loss_type: str, divergence: str, alpha: float) -> None:
+    """Value and gradient, in float32; sums of long completions are that large."""
+    row = LOSSES[loss_type]
+    ratios = [(a, b) for a in (-500.0, -100.0, 100.0, 500.0) for b in (-500.0, -100.0, 100.0, 500.0)]
+    ref = torch.full((2,), -600.0)
+    for ratio in ratios:
+        logps = (ref + torch.tensor(ratio)).requires_grad_()
+        pairs = Pairs.split(logps, ref, torch.ones(2), None, partial(F_DIVERGENCES[divergence], alpha=alpha))
+        loss = row.function(pairs, LossOptions(label_smoothing=0.1)).sum()
+        (grad,) = torch.autograd.grad(loss, logps)
+        assert loss.isfinite() and grad.isfinite().all(), ratio
+
+
 def test_parameterizations() -> None:
     logits, labels, ref = one_pair()
     loss = partial(dpo_loss, logits, labels, beta=1)
@@ -145,6 +169,23 @@ def test_nll_term() -> None:
     logits, labels, _ = one_pair()
     logits, labels = logits[[0, 0, 1, 1]], torch.tensor([[1, 1], [1, -100], [1, 1], [1, 1]])
     assert dpo_loss(logits, labels, loss_type="sft").loss.item() == pytest.approx(-log(0.8 * 0.5 * 0.8) / 3)
+
+
+def test_pair_weights_weigh_the_nll_of_each_pair() -> None:
+    """Chosen of 2 tokens at 0.8 and 0.5 and of 1 at 0.8: with weights 3 and 0.5, (3 ln 0.4 + 0.5 ln 0.8) / 3."""
+    logits, labels, _ = one_pair()
+    logits, labels = logits[[0, 0, 1, 1]], torch.tensor([[1, 1], [1, -100], [1, 1], [1, 1]])
+    weights, expected = torch.tensor([3, 0.5]), -(3 * log(0.4) + 0.5 * log(0.8)) / 3
+    weighted = partial(dpo_loss, logits, labels, pair_weights=weights)
+    assert weighted(loss_type="sft").loss.item() == pytest.approx(expected)
+    for name in ("sigmoid", "cpo", "orpo"):
+        term = weighted(loss_type=name, alpha=0.7).loss - weighted(loss_type=name, alpha=0).loss
+        assert term.item() == pytest.approx(0.7 * expected)
+    out = dpo_loss(logits, labels, loss_type="sft", use_weighting=True)
+    # the weight of each pair: token p of 0.8, 0.5, 0.25, 0.9 have a sum p^2 of 0.68, 0.5, 0.625, 0.82
+    rejected = sqrt(0.25 / 0.625 * 0.9 / 0.82)
+    policy = [sqrt(0.8 / 0.68 * 0.5 / 0.5) * rejected, 0.8 / 0.68 * rejected]
+    assert out.loss.item() == pytest.approx(-(policy[0] * log(0.4) + policy[1] * log(0.8)) / 3)
 
 
 def test_wpo_weights() -> None:
