@@ -240,6 +240,22 @@ def test_token_weights() -> None:
     assert both.chosen_logps.item() == pytest.approx(2 * log(0.8) + 0.25 * log(0.5))
 
 
+def test_token_weights_at_ignored_positions_and_packed() -> None:
+    logits, labels, _ = one_pair()
+    expected = dpo_loss(logits, labels, token_weights=torch.tensor([[2, 0.5], [3, 7]])).loss
+    with_nan = dpo_loss(logits, labels, token_weights=torch.tensor([[2, 0.5], [3, math.nan]])).loss
+    assert torch.equal(with_nan, expected)
+    keep, packed = labels != -100, torch.tensor([2, 0.5, 3])
+    for weights in (packed, packed[None]):
+        loss = dpo_loss(logits[keep], labels[keep], cu_seqlens=torch.tensor([0, 2, 3]), token_weights=weights).loss
+        torch.testing.assert_close(loss, expected)
+    for shift in (False, True):
+        with pytest.raises(ValueError, match=r"token_weights: expected shape \[2, 2\], got \[\]"):
+            dpo_loss(logits, labels, token_weights=torch.tensor(1.0), shift=shift)
+    with pytest.raises(ValueError, match=r"token_weights: expected finite numbers, got nan"):
+        dpo_loss(logits, labels, token_weights=torch.tensor([[2, math.nan], [3, 7]]))
+
+
 def test_length_normalization_of_any_loss() -> None:
     """Means: r_w = ln(2)/2, r_l = -ln 2."""
     expected = {
@@ -389,3 +405,9 @@ def test_sequence_logps_errors() -> None:
         sequence_logps(logps[0], labels)
     with pytest.raises(ValueError, match=r"ld_alpha: expected a number in \[0, 1\], got 2"):
         sequence_logps(logps, labels, ld_alpha=2)
+    with pytest.raises(ValueError, match="backend: unknown backend 'xx', expected one of auto"):
+        sequence_logps(logps, labels, backend="xx")
+    with pytest.raises(TypeError, match="shift: expected True or False, got 1"):
+        sequence_logps(logps, labels, shift=1)
+    with pytest.raises(TypeError, match="shift: expected True or False, got 1"):
+        dpo_loss(logits, labels, shift=1)
