@@ -10,9 +10,9 @@ from torch import Tensor
 
 from .batch import IGNORE_INDEX, Layout, Reference, constant, make_layout, reference
 from .head import TokenLogps, linear_token_logps, token_logps
-from .inputs import check_tensor
+from .inputs import check_flag, check_tensor
 from .losses import LOSSES, LossOptions
-from .losses.table import SideFunction, find_loss
+from .losses.table import SideFunction, find_loss, loss_name
 from .options import INFINITY, check_number, check_within
 from .sequences import lengths, reference_sums, sequence_sums
 
@@ -141,10 +141,12 @@ def kto_kl(logps: Tensor, ref_logps: Tensor) -> Tensor:
 def _options(
     loss_type: str, beta: float, kl: float | Tensor, desirable: float, undesirable: float, length_normalize: bool
 ) -> _Options:
-    row = find_loss(loss_type)
+    one_by_one = {name: row for name, row in LOSSES.items() if row.side is not None}
+    row = find_loss(loss_type, one_by_one)
     if row.side is None:
-        known = ", ".join(name for name, known in LOSSES.items() if known.side is not None)
-        raise ValueError(f"loss_type: loss {loss_type!r} needs pairs, expected one of {known}")
+        known = ", ".join(one_by_one)
+        raise ValueError(f"loss_type: loss {loss_name(loss_type)} needs pairs, expected one of {known}")
+    check_flag("length_normalize", length_normalize)
     check_number("beta", beta, above=0)
     if not isinstance(kl, Tensor):
         check_number("kl", kl)

@@ -12,7 +12,7 @@ import torch
 from every_loss import needed, referenced
 from torch import Tensor
 
-from fastdpo import dpo_loss, sequence_logps, token_logps
+from fastdpo import BetaSchedule, LinearDPOLoss, dpo_loss, sequence_logps, token_logps
 from fastdpo.losses import LOSSES, Loss, LossOptions, Pairs
 from fastdpo.losses.divergences import F_DIVERGENCES
 
@@ -309,6 +309,42 @@ def test_row_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     assert loss_of("squared", beta=0.5) == pytest.approx((1 - log(2)) ** 2)
     with pytest.raises(ValueError, match="gamma: loss 'squared' does not use it"):
         loss_of("squared", gamma=1)
+
+
+def test_a_row_called_is_that_loss() -> None:
+    """With its own averages, gamma, NLL term and no reference where it has none; options of one's own go before."""
+    ref = one_pair()[2]
+    logps = torch.tensor([0.4, 0.25], dtype=F64).log()
+    pairs = Pairs.split(logps, ref, torch.tensor([2, 1], dtype=F64))
+    for name, row in LOSSES.items():
+        smoothing = needed(name)
+        expected = loss_of(name, beta=0.7, **smoothing)
+        assert row(pairs, LossOptions(beta=0.7, **smoothing)).item() == pytest.approx(expected), name
+    assert LOSSES["simpo"](pairs, LossOptions(beta=2, gamma=0)).item() == pytest.approx(-log(6.4 / 7.4))
+
+
+@pytest.mark.parametrize(
+    ("name", "suggested"),
+    [
+        *(("IPO", "'ipo'"), ("SimPO", "'simpo'"), ("exo", "'exo_pair'"), ("nca", "'nca_pair'"), ("bco", "'bco_pair'")),
+        *(("apo", "'apo_zero' or 'apo_down'"), ("sppo", "'sppo_hard'"), ("dpo", "'sigmoid'"), ("kto_pair", "'kto'")),
+    ],
+)
+def test_suggestions(name: str, suggested: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown loss {name!r}, .*; did you mean {suggested}\\?"):
+        loss_of(name)
+
+
+def test_modules_take_the_batch_at_the_call() -> None:
+    for name in ("cu_seqlens", "bias"):
+        with pytest.raises(TypeError, match=f"{name}: comes with the batch, expected at the call"):
+            LinearDPOLoss(**{name: torch.zeros(1)})
+
+
+def test_schedule_steps() -> None:
+    for steps in (0.5, 0, True):
+        with pytest.raises(ValueError, match="steps: expected an int of at least 1, got"):
+            BetaSchedule(0.1, 0.2, steps)
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------

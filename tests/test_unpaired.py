@@ -89,7 +89,7 @@ def test_kto_kl() -> None:
     ("options", "message"),
     [
         (dict(loss_type="sigmoid"), "loss_type: loss 'sigmoid' needs pairs, expected one of bco_pair, apo_zero, kto"),
-        (dict(loss_type="ktoo"), "unknown loss 'ktoo'"),
+        (dict(loss_type="ktoo"), "unknown loss 'ktoo', expected one of bco_pair, apo_zero, kto; did you mean 'kto'"),
         (dict(loss_type="bco_pair", kl=0.1), "kl: loss 'bco_pair' does not use it"),
         (dict(desirable_weight=-1), r"desirable_weight: expected a number in \[0, inf\], got -1"),
         (dict(desirable=torch.ones(3)), r"desirable: expected a bool tensor \[3\], got torch.float32 \[3\]"),
