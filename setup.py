@@ -13,7 +13,10 @@ setup(
     # kernels/ holds packages of fastdpo without being one itself: a package called `kernels` at the repository's root
     # would shadow the PyPI package of that name
     package_dir={"fastdpo": "fastdpo", "fastdpo.gpu": "kernels/gpu", "fastdpo.cpu": "kernels/cpu"},
-    packages=["fastdpo", "fastdpo.cache", "fastdpo.gpu", "fastdpo.cpu", "fastdpo.integrations", "fastdpo.losses"],
+    packages=[
+        *("fastdpo", "fastdpo.cache", "fastdpo.gpu", "fastdpo.cpu", "fastdpo.losses"),
+        *("fastdpo.integrations", "fastdpo.integrations.liger"),
+    ],
     package_data={"fastdpo": ["py.typed"], "fastdpo.cpu": ["*.cpp", "*.h"]},
     install_requires=["torch>=2.8", "ninja", "numpy"],
     extras_require={

@@ -63,7 +63,7 @@ def curve(name: str, margin: Tensor) -> tuple[Tensor, Tensor]:
     for i in range(len(margin)):
         both = [i, i + len(margin)]
         pairs = Pairs.split(logps[both], None if ref is None else ref[both], torch.ones(2))
-        options = LossOptions(beta=1.0, label_smoothing=SMOOTHED.get(name, 0.0), gamma=row.gamma)
+        options = LossOptions(beta=1.0, label_smoothing=SMOOTHED.get(name, 0.0), gamma=row.gamma)  # without the NLL
         losses.append(row.function(pairs, options)[0])
     loss = torch.stack(losses)
     (slope,) = torch.autograd.grad(loss.sum(), margin)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .inputs import check_tensor, result_dtype
+from .inputs import check_flag, check_tensor, result_dtype
 
 IGNORE_INDEX = -100
 IGNORED = -1  # what kernels read in place of ignore_index
@@ -39,6 +39,12 @@ class Layout(NamedTuple):
         """bool `[N]`"""
         return self.labels.reshape(-1) != self.ignore_index
 
+    @property
+    def per_token(self) -> list[list[int]]:
+        """The shapes that one number per token may have: of labels; packed also `[1, N]` or `[N]`."""
+        positions = self.labels.numel()
+        return [[positions], [1, positions]] if self.packed else [list(self.labels.shape)]
+
 
 def make_layout(
     labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int = IGNORE_INDEX, shift: bool = False, pairs: bool = True
@@ -46,8 +52,9 @@ def make_layout(
     """The layout of a padded (`cu_seqlens=None`) or packed batch; with shift, the labels aligned with their rows.
 
     Raises:
-        ValueError, TypeError: as `sequence_bounds`.
+        ValueError, TypeError: as `sequence_bounds`; a shift that is not a bool.
     """
+    check_flag("shift", shift)
     bounds = sequence_bounds(labels, cu_seqlens, pairs)
     packed = cu_seqlens is not None
     if shift:
@@ -144,9 +151,7 @@ def reference(ref_logps: Tensor | None, layout: Layout) -> Reference | None:
     ref_logps = ref_logps.detach()
     if ref_logps.shape == (sequences,):
         return Reference(torch.ops.fastdpo.constant(ref_logps, "ref_logps", None), per_token=False)
-    positions = layout.labels.numel()
-    per_token = ((positions,), (1, positions)) if layout.packed else (layout.labels.shape,)
-    if ref_logps.shape not in per_token:
+    if list(ref_logps.shape) not in layout.per_token:
         raise ValueError(
             f"ref_logps: expected one logp per sequence, shape [{sequences}], or per token, shaped like labels "
             f"{list(layout.labels.shape)}, got {list(ref_logps.shape)}"
@@ -165,13 +170,18 @@ def constant(
         ValueError: a shape that is not among `shapes`; it requires a gradient; a value that is not finite or not
             greater than `above`.
     """
+    check_constant(name, value, shapes)
+    return torch.ops.fastdpo.constant(value, name, above).to(like.device, like.dtype)
+
+
+def check_constant(name: str, value: Tensor, shapes: Sequence[Sequence[int]]) -> None:
+    """The errors of `constant` that do not look at values."""
     check_tensor(name, value)
     if list(value.shape) not in [list(shape) for shape in shapes]:
         expected = " or ".join(str(list(shape)) for shape in shapes)
         raise ValueError(f"{name}: expected shape {expected}, got {list(value.shape)}")
     if value.requires_grad:
         raise ValueError(f"{name}: expected a constant, got a tensor that requires a gradient; detach() it")
-    return torch.ops.fastdpo.constant(value, name, above).to(like.device, like.dtype)
 
 
 # --- ops: what must look at values -----------------------------------------------------------------------------------

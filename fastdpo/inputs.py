@@ -46,6 +46,12 @@ def check_tensor(name: str, value: object, floats: bool = True) -> None:
         raise TypeError(f"{name}: expected a float tensor, got {value.dtype}")
 
 
+def check_flag(name: str, value: object) -> None:
+    """Raise TypeError for anything but True and False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+
+
 def check_linear(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
     """Raise for inputs of linear_token_logps that disagree."""
     named = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})

@@ -14,8 +14,8 @@ from .sequences import lengths, reference_sums
 def preference_metrics(out: PreferenceOutput, ref_logps: Tensor | None = None) -> dict[str, Tensor]:
     """The metrics of one batch, by TRL's names; float, `[]` (rewards `[len(betas)]` with betas), on the device.
 
-    Means are over pairs (rewards, logps, lengths) or over the tokens that count (the others); nothing waits for the
-    device.
+    Means are over pairs (rewards, logps, lengths) or over the tokens that count (the others). Only the check
+    of ref_logps waits for the device.
 
     Args:
         out: what `dpo_loss` or `linear_dpo_loss` returned.

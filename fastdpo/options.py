@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, TypedDict
 
 from .batch import IGNORE_INDEX
+from .inputs import check_flag
 
 STATS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs", "lse", "dropped_mass")
 INFINITY = float("inf")
@@ -75,8 +76,7 @@ def head_options(
     if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
         raise TypeError(f"ignore_index: expected an int, got {ignore_index!r}")
     for name, flag in (("shift", shift), ("inplace_backward", inplace_backward)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name}: expected True or False, got {flag!r}")
+        check_flag(name, flag)
     check_number("temperature", temperature, above=0)
     if softcap is not None:
         check_number("softcap", softcap, above=0, hint=" (None: no softcap)")

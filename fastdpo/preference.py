@@ -262,6 +262,9 @@ def _check_known(function: Callable[..., Any], options: Mapping[str, Any]) -> No
 def _check_keywords(function: Callable[..., Any], keywords: dict[str, Any]) -> None:
     """Raise at a module's construction for what would raise at the call: unknown keywords and bad values."""
     defaults = {name: value for name, value in _defaults(function).items() if name not in ("bias", "cu_seqlens")}
+    for name in ("bias", "cu_seqlens"):
+        if name in keywords:
+            raise TypeError(f"{name}: comes with the batch, expected at the call and not at construction")
     options = {name: value for name, value in keywords.items() if name not in defaults}
     _check_known(function, options)
     values = defaults | keywords

@@ -19,7 +19,7 @@ class BetaSchedule:
 
     Args:
         start, end: above 0.
-        steps: at least 1.
+        steps: an int, at least 1.
         shape: "linear", or "cosine" (half a cosine: slow at both ends).
 
     Raises:
@@ -34,7 +34,8 @@ class BetaSchedule:
     def __post_init__(self) -> None:
         check_number("start", self.start, above=0)
         check_number("end", self.end, above=0)
-        check_number("steps", self.steps, above=0)
+        if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 1:
+            raise ValueError(f"steps: expected an int of at least 1, got {self.steps!r}")
         if self.shape not in SHAPES:
             raise ValueError(f"shape: unknown {self.shape!r}, expected one of {', '.join(SHAPES)}")
 

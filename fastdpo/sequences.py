@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .batch import IGNORE_INDEX, Layout, Reference, constant, make_layout, shift_labels
+from .batch import IGNORE_INDEX, Layout, Reference, check_constant, constant, make_layout, shift_labels
 from .inputs import check_tensor
-from .options import check_within
+from .options import check_within, head_options
 
 
 def sequence_logps(
@@ -31,7 +31,8 @@ def sequence_logps(
     Args:
         token_logps: shaped like labels, from `token_logps` or `linear_token_logps` with the same labels and shift.
         labels, cu_seqlens, ignore_index, shift: as for `fastdpo.dpo_loss`.
-        token_weights: weight of each label's logp, float, shaped like labels (and shifted with them).
+        token_weights: weight of each label's logp, float, shaped like labels (and shifted with them; packed also
+            `[1, N]`). What stands at an ignored label does not matter.
         ld_alpha: weight, in [0, 1], of the tokens beyond the shorter completion's length (LD-DPO, arXiv 2409.06411).
         backend: as for `fastdpo.token_logps`.
 
@@ -41,6 +42,7 @@ def sequence_logps(
     Raises:
         TypeError, ValueError: tensors of another shape or type; a number outside its range.
     """
+    head_options(ignore_index=ignore_index, shift=shift, backend=backend)
     check_tensor("token_logps", token_logps)
     layout = make_layout(labels, cu_seqlens, ignore_index, shift)
     if token_logps.shape != labels.shape:
@@ -77,10 +79,13 @@ def position_weights(
     """The weight of each position, `[N]`, in the dtype of `like`; None: all 1."""
     weights = None
     if token_weights is not None:
-        check_tensor("token_weights", token_weights)
+        check_constant("token_weights", token_weights, layout.per_token)
+        weights = token_weights.to(layout.labels.device).reshape(layout.labels.shape)
         if layout.shifted:  # to the position that predicts the label
-            token_weights = shift_labels(token_weights, 0, layout.bounds if layout.packed else None)
-        weights = constant("token_weights", token_weights, (layout.labels.shape,), like).reshape(-1)
+            weights = shift_labels(weights, 0, layout.bounds if layout.packed else None)
+        # What stands at an ignored position does not matter, NaN neither
+        weights = torch.where(layout.counted, weights.reshape(-1), 0.0)
+        weights = constant("token_weights", weights, (weights.shape,), like)
     if ld_alpha is None:
         return weights
     # LD-DPO: the first min(|y_w|, |y_l|) tokens of both sides weigh 1, the rest ld_alpha

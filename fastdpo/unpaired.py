@@ -10,9 +10,9 @@ from torch import Tensor
 
 from .batch import IGNORE_INDEX, Layout, Reference, constant, make_layout, reference
 from .head import TokenLogps, linear_token_logps, token_logps
-from .inputs import check_tensor
+from .inputs import check_flag, check_tensor
 from .losses import LOSSES, LossOptions
-from .losses.table import SideFunction, find_loss
+from .losses.table import SideFunction, find_loss, loss_name
 from .options import INFINITY, check_number, check_within
 from .sequences import lengths, reference_sums, sequence_sums
 
@@ -71,7 +71,8 @@ def unpaired_loss(
         ref_logps: reference logps, float, detached: `[S]`, or per token, shaped like labels. None: reference-free.
         beta: above 0.
         loss_type: a loss whose row in `fastdpo.losses.LOSSES` has a `side`: kto, bco_pair (BCO) or apo_zero.
-        kl: KTO's reference point, a number or a tensor `[]`, a constant; `kto_kl` estimates it.
+        kl: KTO's reference point, a number or a tensor, `[]` or one per sequence, `[S]`; a constant. `kto_kl` estimates
+            it.
         desirable_weight, undesirable_weight: multiply the loss of the one kind and of the other, at least 0.
         length_normalize: sequence logps are means over their tokens, not sums.
         The other keywords: `dpo_loss`.
@@ -140,10 +141,12 @@ def kto_kl(logps: Tensor, ref_logps: Tensor) -> Tensor:
 def _options(
     loss_type: str, beta: float, kl: float | Tensor, desirable: float, undesirable: float, length_normalize: bool
 ) -> _Options:
-    row = find_loss(loss_type)
+    one_by_one = {name: row for name, row in LOSSES.items() if row.side is not None}
+    row = find_loss(loss_type, one_by_one)
     if row.side is None:
-        known = ", ".join(name for name, known in LOSSES.items() if known.side is not None)
-        raise ValueError(f"loss_type: loss {loss_type!r} needs pairs, expected one of {known}")
+        known = ", ".join(one_by_one)
+        raise ValueError(f"loss_type: loss {loss_name(loss_type)} needs pairs, expected one of {known}")
+    check_flag("length_normalize", length_normalize)
     check_number("beta", beta, above=0)
     if not isinstance(kl, Tensor):
         check_number("kl", kl)
@@ -175,7 +178,7 @@ def _unpaired(
     tokens: TokenLogps, layout: Layout, desirable: Tensor, ref_logps: Reference | None, options: _Options, backend: str
 ) -> UnpairedOutput:
     logps = tokens.logps.reshape(-1)
-    kl = constant("kl", options.kl, ([],), logps) if isinstance(options.kl, Tensor) else options.kl
+    kl = constant("kl", options.kl, ([], [layout.sequences]), logps) if isinstance(options.kl, Tensor) else options.kl
     desirable = desirable.to(logps.device)
     sums = sequence_sums(logps, layout.bounds, backend)
     ref = reference_sums(ref_logps, layout, logps, None, backend)

@@ -12,8 +12,9 @@ import torch
 from every_loss import needed, referenced
 from torch import Tensor
 
-from fastdpo import dpo_loss, sequence_logps, token_logps
+from fastdpo import BetaSchedule, LinearDPOLoss, dpo_loss, sequence_logps, token_logps
 from fastdpo.losses import LOSSES, Loss, LossOptions, Pairs
+from fastdpo.losses.divergences import F_DIVERGENCES
 
 F64 = torch.float64
 
@@ -113,6 +114,29 @@ def test_f_divergences(options: dict[str, Any], margin: float) -> None:
     assert loss_of("sigmoid", beta=1, **options) == pytest.approx(log(1 + exp(-margin)), rel=1e-12)
 
 
+DIVERGED = [(name, "reverse_kl", 1.0) for name in LOSSES] + [
+    (name, divergence, alpha)
+    for name, row in LOSSES.items()
+    if "f_divergence_type" in row.uses
+    for divergence in F_DIVERGENCES
+    for alpha in ((0.5, 1.5, 2.0) if divergence == "alpha_divergence" else (0.5,))
+]
+
+
+@pytest.mark.parametrize(("loss_type", "divergence", "alpha"), DIVERGED)
+def test_huge_log_ratios_are_finite(loss_type: str, divergence: str, alpha: float) -> None:
+    """Value and gradient, in float32; sums of long completions are that large."""
+    row = LOSSES[loss_type]
+    ratios = [(a, b) for a in (-500.0, -100.0, 100.0, 500.0) for b in (-500.0, -100.0, 100.0, 500.0)]
+    ref = torch.full((2,), -600.0)
+    for ratio in ratios:
+        logps = (ref + torch.tensor(ratio)).requires_grad_()
+        pairs = Pairs.split(logps, ref, torch.ones(2), None, partial(F_DIVERGENCES[divergence], alpha=alpha))
+        loss = row.function(pairs, LossOptions(label_smoothing=0.1)).sum()
+        (grad,) = torch.autograd.grad(loss, logps)
+        assert loss.isfinite() and grad.isfinite().all(), ratio
+
+
 def test_parameterizations() -> None:
     logits, labels, ref = one_pair()
     loss = partial(dpo_loss, logits, labels, beta=1)
@@ -145,6 +169,23 @@ def test_nll_term() -> None:
     logits, labels, _ = one_pair()
     logits, labels = logits[[0, 0, 1, 1]], torch.tensor([[1, 1], [1, -100], [1, 1], [1, 1]])
     assert dpo_loss(logits, labels, loss_type="sft").loss.item() == pytest.approx(-log(0.8 * 0.5 * 0.8) / 3)
+
+
+def test_pair_weights_weigh_the_nll_of_each_pair() -> None:
+    """Chosen of 2 tokens at 0.8 and 0.5 and of 1 at 0.8: with weights 3 and 0.5, (3 ln 0.4 + 0.5 ln 0.8) / 3."""
+    logits, labels, _ = one_pair()
+    logits, labels = logits[[0, 0, 1, 1]], torch.tensor([[1, 1], [1, -100], [1, 1], [1, 1]])
+    weights, expected = torch.tensor([3, 0.5]), -(3 * log(0.4) + 0.5 * log(0.8)) / 3
+    weighted = partial(dpo_loss, logits, labels, pair_weights=weights)
+    assert weighted(loss_type="sft").loss.item() == pytest.approx(expected)
+    for name in ("sigmoid", "cpo", "orpo"):
+        term = weighted(loss_type=name, alpha=0.7).loss - weighted(loss_type=name, alpha=0).loss
+        assert term.item() == pytest.approx(0.7 * expected)
+    out = dpo_loss(logits, labels, loss_type="sft", use_weighting=True)
+    # the weight of each pair: token p of 0.8, 0.5, 0.25, 0.9 have a sum p^2 of 0.68, 0.5, 0.625, 0.82
+    rejected = sqrt(0.25 / 0.625 * 0.9 / 0.82)
+    policy = [sqrt(0.8 / 0.68 * 0.5 / 0.5) * rejected, 0.8 / 0.68 * rejected]
+    assert out.loss.item() == pytest.approx(-(policy[0] * log(0.4) + policy[1] * log(0.8)) / 3)
 
 
 def test_wpo_weights() -> None:
@@ -197,6 +238,22 @@ def test_token_weights() -> None:
     assert again.loss.item() == pytest.approx(out.loss.item())
     both = dpo_loss(logits, labels, beta=0.1, token_weights=weights, ld_alpha=0.5)
     assert both.chosen_logps.item() == pytest.approx(2 * log(0.8) + 0.25 * log(0.5))
+
+
+def test_token_weights_at_ignored_positions_and_packed() -> None:
+    logits, labels, _ = one_pair()
+    expected = dpo_loss(logits, labels, token_weights=torch.tensor([[2, 0.5], [3, 7]])).loss
+    with_nan = dpo_loss(logits, labels, token_weights=torch.tensor([[2, 0.5], [3, math.nan]])).loss
+    assert torch.equal(with_nan, expected)
+    keep, packed = labels != -100, torch.tensor([2, 0.5, 3])
+    for weights in (packed, packed[None]):
+        loss = dpo_loss(logits[keep], labels[keep], cu_seqlens=torch.tensor([0, 2, 3]), token_weights=weights).loss
+        torch.testing.assert_close(loss, expected)
+    for shift in (False, True):
+        with pytest.raises(ValueError, match=r"token_weights: expected shape \[2, 2\], got \[\]"):
+            dpo_loss(logits, labels, token_weights=torch.tensor(1.0), shift=shift)
+    with pytest.raises(ValueError, match=r"token_weights: expected finite numbers, got nan"):
+        dpo_loss(logits, labels, token_weights=torch.tensor([[2, math.nan], [3, 7]]))
 
 
 def test_length_normalization_of_any_loss() -> None:
@@ -252,6 +309,42 @@ def test_row_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     assert loss_of("squared", beta=0.5) == pytest.approx((1 - log(2)) ** 2)
     with pytest.raises(ValueError, match="gamma: loss 'squared' does not use it"):
         loss_of("squared", gamma=1)
+
+
+def test_a_row_called_is_that_loss() -> None:
+    """With its own averages, gamma, NLL term and no reference where it has none; options of one's own go before."""
+    ref = one_pair()[2]
+    logps = torch.tensor([0.4, 0.25], dtype=F64).log()
+    pairs = Pairs.split(logps, ref, torch.tensor([2, 1], dtype=F64))
+    for name, row in LOSSES.items():
+        smoothing = needed(name)
+        expected = loss_of(name, beta=0.7, **smoothing)
+        assert row(pairs, LossOptions(beta=0.7, **smoothing)).item() == pytest.approx(expected), name
+    assert LOSSES["simpo"](pairs, LossOptions(beta=2, gamma=0)).item() == pytest.approx(-log(6.4 / 7.4))
+
+
+@pytest.mark.parametrize(
+    ("name", "suggested"),
+    [
+        *(("IPO", "'ipo'"), ("SimPO", "'simpo'"), ("exo", "'exo_pair'"), ("nca", "'nca_pair'"), ("bco", "'bco_pair'")),
+        *(("apo", "'apo_zero' or 'apo_down'"), ("sppo", "'sppo_hard'"), ("dpo", "'sigmoid'"), ("kto_pair", "'kto'")),
+    ],
+)
+def test_suggestions(name: str, suggested: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown loss {name!r}, .*; did you mean {suggested}\\?"):
+        loss_of(name)
+
+
+def test_modules_take_the_batch_at_the_call() -> None:
+    for name in ("cu_seqlens", "bias"):
+        with pytest.raises(TypeError, match=f"{name}: comes with the batch, expected at the call"):
+            LinearDPOLoss(**{name: torch.zeros(1)})
+
+
+def test_schedule_steps() -> None:
+    for steps in (0.5, 0, True):
+        with pytest.raises(ValueError, match="steps: expected an int of at least 1, got"):
+            BetaSchedule(0.1, 0.2, steps)
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
@@ -348,3 +441,9 @@ def test_sequence_logps_errors() -> None:
         sequence_logps(logps[0], labels)
     with pytest.raises(ValueError, match=r"ld_alpha: expected a number in \[0, 1\], got 2"):
         sequence_logps(logps, labels, ld_alpha=2)
+    with pytest.raises(ValueError, match="backend: unknown backend 'xx', expected one of auto"):
+        sequence_logps(logps, labels, backend="xx")
+    with pytest.raises(TypeError, match="shift: expected True or False, got 1"):
+        sequence_logps(logps, labels, shift=1)
+    with pytest.raises(TypeError, match="shift: expected True or False, got 1"):
+        dpo_loss(logits, labels, shift=1)

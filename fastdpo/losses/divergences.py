@@ -11,7 +11,7 @@ from torch import Tensor
 
 Divergence = Callable[..., Tensor]  # (log-ratio, alpha_divergence's alpha) -> score
 
-# Beyond it exp() leaves the dtype; the score stays there, as in TRL
+# Beyond it exp() leaves the dtype; the score stays there, as TRL's of alpha_divergence
 _LARGEST_EXPONENT = {torch.float32: 80.0, torch.float64: 700.0}
 
 
@@ -22,7 +22,7 @@ def reverse_kl(ratio: Tensor, alpha: float) -> Tensor:
 
 def forward_kl(ratio: Tensor, alpha: float) -> Tensor:
     """1 - exp(-r)"""
-    return -torch.expm1(-ratio)
+    return -torch.expm1(_bounded(-ratio))
 
 
 def js_divergence(ratio: Tensor, alpha: float) -> Tensor:
@@ -34,8 +34,11 @@ def alpha_divergence(ratio: Tensor, alpha: float) -> Tensor:
     """(exp((alpha - 1) r) - 1) / (alpha - 1); its limit r at alpha = 1"""
     if abs(alpha - 1) < 1e-6:
         return ratio
-    exponent = ((alpha - 1) * ratio).clamp(max=_LARGEST_EXPONENT[ratio.dtype])
-    return torch.expm1(exponent) / (alpha - 1)
+    return torch.expm1(_bounded((alpha - 1) * ratio)) / (alpha - 1)
+
+
+def _bounded(exponent: Tensor) -> Tensor:
+    return exponent.clamp(max=_LARGEST_EXPONENT[exponent.dtype])
 
 
 F_DIVERGENCES: dict[str, Divergence] = {

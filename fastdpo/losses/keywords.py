@@ -37,8 +37,9 @@ class LossKeywords(TypedDict, total=False):
     ld_alpha: weight, in [0, 1], of the tokens beyond the shorter completion's length (LD-DPO, arXiv 2409.06411).
     token_weights: weight of each label's logp, float, shaped like labels (and shifted with them); a constant
         (TIS-DPO, arXiv 2410.04350).
-    pair_weights: `[B]`, multiplies each pair's loss; the loss stays the mean over B pairs. A constant.
-    use_weighting: multiply each pair's loss by both completions' probability per token (WPO, arXiv 2406.11827).
+    pair_weights: `[B]`, multiplies each pair's loss, its NLL term too; the loss stays the mean over B pairs. Constant.
+    use_weighting: multiply each pair's loss, its NLL term too, by both completions' probability per token (WPO,
+        arXiv 2406.11827).
     betas: several beta at once, a sequence of numbers: loss is `[len(betas)]`, rewards `[len(betas), B]`.
     step: the number that a beta schedule is called with.
     """

@@ -13,7 +13,7 @@ class LossOptions(NamedTuple):
 
     beta: float | Tensor = 0.1  # strength of the KL constraint
     label_smoothing: float = 0.0  # eps: probability that a preference is the wrong way round
-    gamma: float | Tensor = 0.0  # margin that the rewards should keep
+    gamma: float | Tensor | None = None  # margin that the rewards should keep; None: the row's own, without a row 0
     discopop_tau: float = 0.05
     kl: float | Tensor = 0.0  # KTO's reference point, [] or a number
 
@@ -70,6 +70,11 @@ class Pairs(NamedTuple):
             chosen_score=self.chosen_score / chosen,
             rejected_score=self.rejected_score / rejected,
         )
+
+    def without_reference(self) -> Pairs:
+        """The same with the reference's logps 0."""
+        none = self.ref_chosen.new_zeros(self.ref_chosen.shape)
+        return self._replace(ref_chosen=none, ref_rejected=none, chosen_score=self.chosen, rejected_score=self.rejected)
 
     @property
     def chosen_ratio(self) -> Tensor:

@@ -94,11 +94,10 @@ class Recipe(NamedTuple):
             if not isinstance(values, Tensor) or values.shape != (count,):
                 found = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
                 raise ValueError(f"loss_type: expected a loss that returns one number per pair, [{count}], got {found}")
-            if pair_weights is not None:
-                values = values * pair_weights
-            total = total + weight * (values.sum() / max(1, count))
+            total = total + weight * _mean(values, pair_weights)
         if self.alpha:
-            total = total + self.alpha * nll(Pairs.split(sequences.logps, None, sequences.lengths, sequences.nll))
+            pairs = Pairs.split(sequences.logps, None, sequences.lengths, sequences.nll)
+            total = total + self.alpha * _mean(nll(pairs), pair_weights)
         return total
 
     def _pairs(self, row: Loss, sequences: Sequences) -> Pairs:
@@ -106,6 +105,13 @@ class Recipe(NamedTuple):
         divergence = self.divergence if "f_divergence_type" in row.uses else None
         pairs = Pairs.split(sequences.logps, ref, sequences.lengths, sequences.nll, divergence)
         return pairs.averaged() if self.averages_for(row) else pairs
+
+
+def _mean(values: Tensor, pair_weights: Tensor | None) -> Tensor:
+    """Over the B pairs, weighted or not, `[]`."""
+    if pair_weights is not None:
+        values = values * pair_weights
+    return values.sum() / max(1, values.shape[0])
 
 
 def make_recipe(beta: Beta, loss_type: LossType, label_smoothing: float, keywords: LossKeywords) -> Recipe:

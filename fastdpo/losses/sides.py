@@ -44,12 +44,13 @@ def kto(pairs: Pairs, options: LossOptions) -> Tensor:
 
 def sft(pairs: Pairs, options: LossOptions) -> Tensor:
     """-log p(y_w|x), the mean over all chosen tokens of the batch"""
-    return nll(pairs).expand(pairs.chosen_nll.shape)
+    return nll(pairs)
 
 
 def nll(pairs: Pairs) -> Tensor:
-    """The NLL term of RPO, ORPO and CPO: -log p of the chosen completions, mean over all their tokens; `[]`."""
-    return pairs.chosen_nll.sum() / pairs.chosen_length.sum().clamp(min=1)
+    """The NLL term of RPO, ORPO and CPO, `[B]`: its mean over the pairs is -log p of the chosen completions per token,
+    a mean over all their tokens."""
+    return pairs.chosen_nll * (len(pairs.chosen_nll) / pairs.chosen_length.sum().clamp(min=1))
 
 
 # --- one side: completions that are desirable (chosen) or not; ratio [S], desirable one bool or [S] -------------------

@@ -6,14 +6,14 @@ To add a loss: a function of (Pairs, LossOptions) in margin.py or sides.py, its 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from torch import Tensor
 
 from .margin import aot, aot_unpaired, discopop, exo_pair, hinge, ipo, orpo, robust, sigmoid
 from .pairs import LossOptions, Pairs
-from .sides import apo_down, apo_zero, apo_zero_side, bco_pair, bco_side, kto, kto_side, nca_pair, sft, sppo_hard
+from .sides import apo_down, apo_zero, apo_zero_side, bco_pair, bco_side, kto, kto_side, nca_pair, nll, sft, sppo_hard
 
 LossFunction = Callable[[Pairs, LossOptions], Tensor]  # -> [B]
 SideFunction = Callable[[Tensor, "bool | Tensor", LossOptions], Tensor]  # (log-ratio [S], desirable [S]) -> [S]
@@ -42,8 +42,15 @@ class Loss(NamedTuple):
     side: SideFunction | None = None  # the same of single completions, desirable or not; None: it needs pairs
 
     def __call__(self, pairs: Pairs, options: LossOptions) -> Tensor:
-        """The function itself: the loss of each pair, `[B]`."""
-        return self.function(pairs, options)
+        """The loss of each pair, `[B]`, as this row defines it: with its averages, its gamma where options have none,
+        its NLL term, and without a reference if it has none. pairs hold sums, as `Pairs.split` makes them.
+        """
+        if "ref_logps" not in self.uses:
+            pairs = pairs.without_reference()
+        if options.gamma is None:
+            options = options._replace(gamma=self.gamma)
+        values = self.function(pairs.averaged() if self.length_normalize else pairs, options)
+        return values + self.alpha * nll(pairs) if self.alpha else values
 
 
 LOSSES: dict[str, Loss] = {
@@ -72,8 +79,8 @@ LOSSES: dict[str, Loss] = {
 }
 
 
-def find_loss(loss_type: str | LossFunction) -> Loss:
-    """The row of a name; a row of its own for a callable, which may use every option.
+def find_loss(loss_type: str | LossFunction, among: Mapping[str, Loss] = LOSSES) -> Loss:
+    """The row of a name; a row of its own for a callable, which may use every option. among: what an error names.
 
     Raises:
         ValueError: a name that is not in the table.
@@ -84,8 +91,8 @@ def find_loss(loss_type: str | LossFunction) -> Loss:
     if isinstance(loss_type, str):
         if loss_type not in LOSSES:
             raise ValueError(
-                f"loss_type: unknown loss {loss_type!r}, expected one of {', '.join(LOSSES)}"
-                f"{did_you_mean(loss_type, LOSSES)}"
+                f"loss_type: unknown loss {loss_type!r}, expected one of {', '.join(among)}"
+                f"{did_you_mean(loss_type, among)}"
             )
         return LOSSES[loss_type]
     if not callable(loss_type):
@@ -98,7 +105,17 @@ def loss_name(loss_type: object) -> str:
     return repr(loss_type) if isinstance(loss_type, str) else getattr(loss_type, "__name__", type(loss_type).__name__)
 
 
-def did_you_mean(name: str, known: Sequence[str] | dict[str, Loss]) -> str:
-    """'; did you mean ...?' where a known name is near, else nothing."""
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+# Other projects' names
+ALIASES = {"dpo": "sigmoid", "kto_pair": "kto"}
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """'; did you mean ...?' where a known name is near, else nothing: another's name for it, one that differs in case,
+    those that begin with it, or one that is spelt alike."""
+    by_lower = {one.lower(): one for one in known}
+    asked = name.lower().replace("-", "_")
+    near = [ALIASES.get(asked, asked)]
+    if near[0] not in by_lower:
+        near = [one for one in by_lower if len(asked) > 1 and one.startswith(asked)]
+    near = near or difflib.get_close_matches(asked, by_lower, n=1)
+    return f"; did you mean {' or '.join(repr(by_lower[one]) for one in near)}?" if near else ""
