@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from . import pair_kernel
 from .batch import IGNORE_INDEX, Layout, Reference, make_layout, reference
 from .head import TokenLogps, linear_token_logps, token_logps
-from .losses.keywords import DEFAULTS, PER_BATCH, Beta, LossKeywords, LossType, beta_at, check_keywords
+from .losses.keywords import DEFAULTS, PER_BATCH, Beta, LossKeywords, LossType, check_keywords, is_schedule
+from .losses.pairs import LossOptions
 from .losses.recipe import Recipe, Sequences, make_recipe
 from .losses.table import did_you_mean
 from .options import head_options
@@ -269,7 +270,8 @@ def _check_keywords(function: Callable[..., Any], keywords: dict[str, Any]) -> N
     _check_known(function, options)
     values = defaults | keywords
     beta, loss_type, label_smoothing = (values.pop(name) for name in ("beta", "loss_type", "label_smoothing"))
-    beta = beta_at(beta, keywords.get("step", 0))  # the step may come at the call
+    if is_schedule(beta):  # its values: with the steps
+        beta = LossOptions().beta
     check_keywords(beta, loss_type, label_smoothing, cast(LossKeywords, options))
     head_options(**{name: values[name] for name in defaults if name in values})
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import math
 from functools import partial
 from math import exp, log, sqrt
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 from every_loss import needed, referenced
 from torch import Tensor
 
+import fastdpo
 from fastdpo import BetaSchedule, LinearDPOLoss, dpo_loss, sequence_logps, token_logps
 from fastdpo.losses import LOSSES, Loss, LossOptions, Pairs
 from fastdpo.losses.divergences import F_DIVERGENCES
@@ -447,3 +450,42 @@ def test_sequence_logps_errors() -> None:
         sequence_logps(logps, labels, shift=1)
     with pytest.raises(TypeError, match="shift: expected True or False, got 1"):
         dpo_loss(logits, labels, shift=1)
+
+
+def test_beta_that_would_be_ignored() -> None:
+    for options, message in (
+        (dict(loss_type="sft", betas=[0.1, 0.2]), "betas: loss 'sft' does not use it"),
+        (dict(loss_type="sft", beta=torch.tensor(0.3)), "beta: loss 'sft' does not use it"),
+        (dict(step=3), "step: beta is no schedule"),
+        (dict(beta=lambda step: 0.1, step=3, betas=[0.1]), "betas: expected betas or a schedule of beta, got both"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            loss_of(**{"loss_type": "sigmoid"} | options)
+
+
+def test_a_module_asks_its_schedule_at_the_call_alone() -> None:
+    module = fastdpo.DPOLoss(beta=lambda step: 1 / step)
+    logits, labels, ref = one_pair()
+    expected = fastdpo.dpo_loss(logits, labels, ref, beta=0.25).loss
+    assert torch.equal(module(logits, labels, ref, step=4).loss, expected)
+
+
+def test_losses_are_named_in_their_table_alone() -> None:
+    """Elsewhere only the fused kernel of the sigmoid loss, the peers' interfaces and the defaults of signatures."""
+    package = Path(fastdpo.__file__).parent
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        place = path.relative_to(package).as_posix()
+        if place.startswith(("losses/", "integrations/")) or place == "pair_kernel.py":
+            continue
+        tree = ast.parse(path.read_text())
+        defaults = {
+            node
+            for function in ast.walk(tree)
+            if isinstance(function, ast.FunctionDef)
+            for node in (*function.args.defaults, *function.args.kw_defaults)
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and node.value in LOSSES and node not in defaults:
+                found.append(f"{place}:{node.lineno} {node.value}")
+    assert not found

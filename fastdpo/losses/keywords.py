@@ -96,12 +96,19 @@ def beta_at(beta: Beta, step: int | None) -> float | Tensor:
 
     Raises:
         TypeError: a schedule without a step.
+        ValueError: a step without a schedule.
     """
-    if isinstance(beta, Tensor) or not callable(beta):
-        return beta
+    if not is_schedule(beta):
+        if step is not None:
+            raise ValueError(f"step: beta is no schedule, so nothing depends on the step, got {step!r}")
+        return cast("float | Tensor", beta)
     if not isinstance(step, int) or isinstance(step, bool):
         raise TypeError(f"step: beta is a schedule, which needs the step as an int, got {step!r}")
-    return beta(step)
+    return cast("Callable[[int], float]", beta)(step)
+
+
+def is_schedule(beta: Beta) -> bool:
+    return callable(beta) and not isinstance(beta, Tensor)
 
 
 def check_keywords(
@@ -131,6 +138,8 @@ def check_keywords(
     for name, value in (("beta", beta), ("gamma", values["gamma"])):
         if isinstance(value, Tensor) and value.dim() > 0:
             _check_used(rows, loss_type, {"pair_weights": value}, f"{name}: one value per pair")
+    if isinstance(beta, Tensor):
+        _check_used(rows, loss_type, {"betas": beta}, "beta")
     weights = values["loss_weights"]
     if weights is None:
         values["loss_weights"] = (1.0,) * len(rows)

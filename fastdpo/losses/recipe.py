@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..batch import constant
 from .divergences import F_DIVERGENCES
-from .keywords import Beta, LossKeywords, LossType, beta_at, check_keywords
+from .keywords import Beta, LossKeywords, LossType, beta_at, check_keywords, is_schedule
 from .pairs import LossOptions, Pairs
 from .sides import nll
 from .table import Loss
@@ -116,6 +116,8 @@ def _mean(values: Tensor, pair_weights: Tensor | None) -> Tensor:
 
 def make_recipe(beta: Beta, loss_type: LossType, label_smoothing: float, keywords: LossKeywords) -> Recipe:
     """Check the keywords (errors: `check_keywords`) and put them together."""
+    if is_schedule(beta) and keywords.get("betas") is not None:
+        raise ValueError("betas: expected betas or a schedule of beta, got both")
     beta = beta_at(beta, keywords.get("step"))
     losses, values = check_keywords(beta, loss_type, label_smoothing, keywords)
     alpha, weights = values["alpha"], tuple(values["loss_weights"])

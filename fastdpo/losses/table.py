@@ -23,8 +23,8 @@ REFERENCE = frozenset({"ref_logps", "parameterization"})
 TOKENS = frozenset({"token_weights", "ld_alpha", "length_normalize"})
 PAIRED = frozenset({"pair_weights", "use_weighting"})  # and so a beta or gamma per pair
 DIVERGENCE = frozenset({"f_divergence_type", "f_alpha_divergence_coef"})
-SMOOTHING, GAMMA = frozenset({"label_smoothing"}), frozenset({"gamma"})
-SEQUENCE = TOKENS | PAIRED | REFERENCE
+SMOOTHING, GAMMA, BETA = frozenset({"label_smoothing"}), frozenset({"gamma"}), frozenset({"betas"})
+SEQUENCE = TOKENS | PAIRED | REFERENCE | BETA
 MARGIN = SEQUENCE | DIVERGENCE | GAMMA
 EVERYTHING = MARGIN | SMOOTHING | {"discopop_tau", "kl"}
 
@@ -70,11 +70,11 @@ LOSSES: dict[str, Loss] = {
     "apo_zero": Loss(apo_zero, "APO, arXiv 2408.06266, eq. 7", SEQUENCE, side=apo_zero_side),
     "apo_down": Loss(apo_down, "APO, arXiv 2408.06266, eq. 8", SEQUENCE),
     "kto": Loss(kto, "arXiv 2402.01306; chosen desirable, rejected undesirable", SEQUENCE | {"kl"}, side=kto_side),
-    "cpo": Loss(sigmoid, "arXiv 2401.08417", TOKENS | PAIRED | SMOOTHING | GAMMA, alpha=1.0),
+    "cpo": Loss(sigmoid, "arXiv 2401.08417", TOKENS | PAIRED | BETA | SMOOTHING | GAMMA, alpha=1.0),
     "simpo": Loss(
-        sigmoid, "arXiv 2405.14734, eq. 6", TOKENS | PAIRED | SMOOTHING | GAMMA, gamma=0.5, length_normalize=True
+        sigmoid, "arXiv 2405.14734, eq. 6", TOKENS | PAIRED | BETA | SMOOTHING | GAMMA, gamma=0.5, length_normalize=True
     ),
-    "orpo": Loss(orpo, "arXiv 2403.07691, eq. 6 and 7", TOKENS | PAIRED, alpha=1.0, length_normalize=True),
+    "orpo": Loss(orpo, "arXiv 2403.07691, eq. 6 and 7", TOKENS | PAIRED | BETA, alpha=1.0, length_normalize=True),
     "sft": Loss(sft, "", PAIRED),
 }
 
