@@ -202,6 +202,7 @@ class Builder:
     def _score(self, plan: _Plan, unit: list[np.ndarray], progress: Callable[[int], Any]) -> int:
         """Score chunks, each in batches of its own, and write them; returns how many sequences have a logp now."""
         done, kept, started = 0, {}, time.monotonic()
+        self._model.check_unchanged()
         for number, rows in enumerate(unit, start=1):
             for batch in self._batches(plan, rows):
                 try:
@@ -226,6 +227,7 @@ class Builder:
 
     def _write(self, plan: _Plan, tokens: dict[int, np.ndarray]) -> None:
         """One shard of rows of the plan."""
+        self._model.check_unchanged()  # another thread may train it
         rows = np.array(list(tokens))
         entries = shard.Shard(
             plan.keys[rows],

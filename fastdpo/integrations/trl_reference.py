@@ -110,6 +110,10 @@ def _check(named: NamedReference, config: DPOConfig, given: dict[str, Any]) -> N
         raise CacheError(
             f"ld_alpha: needs the token logps of the reference; {named.name!r} was built without (token_logps=True)"
         )
+    if named.reference.temperature != 1:
+        raise CacheError(
+            f"reference: {named.name!r} was scored at temperature {named.reference.temperature:g}; DPO needs 1"
+        )
     collator = given.get("data_collator")
     cut = (config.max_length, config.truncation_mode)
     if collator is not None and (getattr(collator, "max_length", 0), getattr(collator, "truncation_mode", "")) != cut:
