@@ -179,7 +179,7 @@ def test_what_would_be_scored_otherwise_raises(tiny, cache, tmp_path, no_referen
         FastDPOTrainer(model, **common, reference="x")
     with pytest.raises(CacheError, match="'x' is not in .*; it holds reference"):
         FastDPOTrainer(model, **common, reference_cache=cache, reference="x")
-    with pytest.raises(CacheError, match="which holds none"):
+    with pytest.raises(CacheError, match="nowhere: no such folder"):
         FastDPOTrainer(model, **common, reference_cache=tmp_path / "nowhere")
 
 

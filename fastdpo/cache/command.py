@@ -82,13 +82,13 @@ def info(cache: ReferenceCache, arguments: argparse.Namespace) -> int:
 
 def verify(cache: ReferenceCache, arguments: argparse.Namespace) -> int:
     """Read everything; 1 if anything is wrong."""
-    findings = cache.verify()
+    findings, held = cache.examine()
     for finding in findings:
         print(finding)
     if findings:
         print(f"{cache.path}: {len(findings)} findings; `fastdpo cache build` computes what they concern again")
         return 1
-    for about in cache.info():
+    for about in held:
         print(f"{about.named.name}: {about.entries:,} entries in {about.shards} shards, all as they were written")
     return 0
 

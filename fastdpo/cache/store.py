@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import columns, rows, upkeep
+from . import claims, columns, garbage, rows, upkeep
+from . import verify as verify_
 from .build import Builder, untouched_random_state
 from .errors import CacheError, DamagedShard, MissingEntry
 from .index import Index
@@ -69,6 +70,7 @@ class ReferenceCache:
         Raises:
             CacheError: no such name, or None and not exactly one.
         """
+        self._manifest.require()
         if name is None:
             names = list(self.references)
             if len(names) != 1:
@@ -150,17 +152,17 @@ class ReferenceCache:
             prior=options.prior,
             token_logps=options.token_logps,
         )
-        self._manifest.create()
-        named = self._manifest.put(named, options.replace_name)
-        folder = self.shards(named)
-        index = upkeep.repair(folder, named.reference)
-        return Builder(folder, index, model, named, prepare, options)
+        with claims.at_work(self.path):
+            self._manifest.create()
+            named = self._manifest.put(named, options.replace_name)
+            index = upkeep.repair(self.path, named.reference)
+        return Builder(self.path, index, model, named, prepare, options)
 
     # --- read --------------------------------------------------------------------------------------------------------
 
     def shards(self, named: NamedReference) -> Path:
         """The folder of a reference's shards."""
-        return self.path / "shards" / named.reference.id
+        return upkeep.shards_of(self.path, named.reference)
 
     def index(self, named: NamedReference) -> Index:
         """Its entries, as far as they were there when it was last refreshed."""
@@ -277,25 +279,47 @@ class ReferenceCache:
 
     # --- keep --------------------------------------------------------------------------------------------------------
 
-    def info(self) -> list[upkeep.About]:
-        """How much each reference holds."""
-        return [upkeep.about(named, self.shards(named)) for named in self.references.values()]
+    def info(self) -> list[verify_.About]:
+        """How much each reference holds.
 
-    def verify(self) -> list[upkeep.Finding]:
-        """Read every byte; what is wrong, and which rows it concerns. `build` computes those again. Changes nothing."""
-        return upkeep.verify(self.path, self._manifest)
+        Raises:
+            CacheError: the folder is no cache.
+        """
+        self._manifest.require()
+        return [
+            verify_.about(named, verify_.read(self.shards(named), named.reference))
+            for named in self.references.values()
+        ]
+
+    def verify(self) -> list[verify_.Finding]:
+        """Read every byte; what is wrong, and which rows it concerns. `build` computes those again. Changes nothing.
+
+        Raises:
+            CacheError: the folder is no cache.
+        """
+        return self.examine()[0]
+
+    def examine(self) -> tuple[list[verify_.Finding], list[verify_.About]]:
+        """`verify` and `info` of one reading."""
+        self._manifest.require()
+        return verify_.verify(self.path, self._manifest)
 
     def merge(self, others: SequenceOf[str | os.PathLike[str]] = ()) -> upkeep.Merged:
-        """Take in other caches, and put small shards together. May run while others build or read.
+        """Take in other caches, and put small shards together. May run while others build, merge or read.
 
         Args:
             others: folders of caches, which stay as they are.
 
         Raises:
-            CacheError: a name that stands for another reference there.
+            CacheError: a folder that is no cache; a name that stands for another reference there; entries that
+                disagree: which of them are right is not known here.
         """
-        taken = [upkeep.take_in(self.path, self._manifest, ReferenceCache(other).path) for other in others]
-        merged = [upkeep.compact(self.shards(named), named.reference) for named in self.references.values()]
+        caches = [ReferenceCache(other) for other in others]
+        for cache in [*caches, *([] if others else [self])]:
+            cache._manifest.require()
+        with claims.at_work(self.path):
+            taken = [upkeep.take_in(self.path, self._manifest, cache.path) for cache in caches]
+            merged = [upkeep.compact(self.path, named.reference) for named in self.references.values()]
         return upkeep.Merged(sum(taken), sum(before for before, _ in merged), sum(after for _, after in merged))
 
     def gc(self, drop: SequenceOf[str] = (), *, dry_run: bool = False) -> list[Path]:
@@ -310,19 +334,25 @@ class ReferenceCache:
             The files that are gone.
 
         Raises:
-            CacheError: someone is building; an unknown name.
+            CacheError: someone is building or merging; an unknown name; the folder is no cache.
         """
+        self._manifest.require()
+        if dry_run:
+            claims.refuse_while_building(self.path)
+            return self._garbage(drop)
+        with claims.collecting(self.path):
+            gone = self._garbage(drop)
+            for name in drop:
+                self._manifest.drop(name)
+            garbage.remove(self.path, gone)
+        self._indexes.clear()
+        return gone
+
+    def _garbage(self, drop: SequenceOf[str]) -> list[Path]:
         named = self.references
         for name in drop:
             self._manifest.get(name)
-        keep = {named[name].reference.id for name in named if name not in drop}
-        gone = upkeep.garbage(self.path, keep)
-        if not dry_run:
-            for name in drop:
-                self._manifest.drop(name)
-            upkeep.remove(self.path, gone)
-            self._indexes.clear()
-        return gone
+        return garbage.find(self.path, {named[name].reference.id for name in named if name not in drop})
 
 
 def _missing(
