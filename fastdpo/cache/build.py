@@ -116,7 +116,7 @@ class Builder:
     def _plan(self, rows: Any, first: int) -> _Plan:
         keys, places, lengths, empty = [], [], [], 0
         for number, row in enumerate(self._bar(rows, "reading", unit="row", leave=False)):
-            prepared = self._prepare(row)
+            prepared = self._prepare.numbered(row, f"{self._options.source}: row {first + number}")
             for part in self._options.parts:
                 found = self._sequence(prepared, part)
                 keys.append(found.key(self.named.reference))

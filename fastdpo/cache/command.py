@@ -97,8 +97,8 @@ def attach(cache: ReferenceCache, arguments: argparse.Namespace) -> int:
     """Write the pairs of a file with their reference logps."""
     pairs = read_pairs(arguments.data)
     keywords: dict[str, Any] = {}
-    if arguments.max_length is not None:
-        keywords["max_length"] = None if arguments.max_length == 0 else arguments.max_length
+    if hasattr(arguments, "max_length"):
+        keywords["max_length"] = arguments.max_length
     if arguments.truncation_mode is not None:
         keywords["truncation_mode"] = arguments.truncation_mode
     if arguments.tokenizer is not None:
@@ -181,7 +181,9 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(attach)
     data(sub)
     sub.add_argument("--name", help="which reference (default: the only one)")
-    sub.add_argument("--max-length", type=int, metavar="L", help="0: no limit (default: as built)")
+    sub.add_argument(
+        "--max-length", type=_max_length, default=argparse.SUPPRESS, metavar="L", help="0: all (default: as built)"
+    )
     sub.add_argument("--truncation-mode", choices=_MODES, help="default: as built")
     sub.add_argument("--output", required=True, metavar="OUT", help=".jsonl or .parquet")
 
@@ -198,7 +200,10 @@ _MODES = ("keep_start", "keep_end")
 
 
 def _max_length(text: str) -> int | None:
-    return int(text) or None
+    try:
+        return int(text) or None
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number of tokens, or 0 for all, got {text!r}") from None
 
 
 if __name__ == "__main__":

@@ -6,13 +6,14 @@
     DIR/shards/ID/*.rows.jsonl           which rows they were computed for
     DIR/index/ID/SHA256.arrow            what was read from them
 
-One file a name, so that builders of different references never write the same file. Nothing in them is a path that
-would be followed: folders are named by hashes, which are checked.
+One file a name, so that builders of different references never write the same file. Each is under a checksum. The one
+thing in them that is followed is where the tokenizer lies, if none is given; folders are named by hashes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import re
 from dataclasses import asdict, dataclass, fields, replace
@@ -117,12 +118,14 @@ class Manifest:
         about = _load(path)
         try:
             reference = Reference(**about.pop("reference"))
-            recorded = about.pop("id")
+            recorded, checksum = about.pop("id"), about.pop("sha256")
             named = NamedReference(reference=reference, **about)
         except (KeyError, TypeError, AttributeError) as error:
             raise CacheError(f"{path}: not a reference: {error}") from None
         if named.name != name or reference.id != recorded:
             raise CacheError(f"{path}: damaged: what it says of the reference does not hash to its id {recorded}")
+        if _checksum(named) != checksum:
+            raise CacheError(f"{path}: damaged or edited: what it says does not hash to its sha256 {checksum}")
         return named
 
     def put(self, named: NamedReference, overwrite: bool) -> NamedReference:
@@ -169,7 +172,11 @@ def check_name(name: Any) -> str:
 
 
 def _dump(named: NamedReference) -> bytes:
-    return json.dumps({**asdict(named), "id": named.reference.id}, indent=1).encode()
+    return json.dumps({**asdict(named), "id": named.reference.id, "sha256": _checksum(named)}, indent=1).encode()
+
+
+def _checksum(named: NamedReference) -> str:
+    return hashlib.sha256(json.dumps(asdict(named), sort_keys=True).encode()).hexdigest()
 
 
 def _load(path: Path) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence as SequenceOf
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ import numpy as np
 from . import claims, columns, garbage, rows, upkeep
 from . import verify as verify_
 from .build import Builder, untouched_random_state
+from .columns import AS_BUILT
 from .errors import CacheError, DamagedShard, MissingEntry
 from .index import Index
 from .key import KEY_BYTES
@@ -20,9 +20,6 @@ from .manifest import Manifest, NamedReference, check_name
 from .model import ReferenceModel
 from .options import BuildOptions, BuildReport
 from .rows import MAX_LENGTH, Preparation, Row
-
-AS_BUILT: Any = "as built"
-MODEL_KEYWORDS = {"dtype", "autocast", "temperature", "device", "backend", "revision", "trust_remote_code"}
 
 
 class Entries(NamedTuple):
@@ -128,12 +125,17 @@ class ReferenceCache:
         )
         with untouched_random_state():
             first, every = rows.peek(data)
-            builder = self._builder(ReferenceModel(model, **model_keywords), tokenizer, first, name, options)
+            builder = self.builder(ReferenceModel(model, **model_keywords), tokenizer, first, name, options)
             report = builder.run(every)
         self.index(builder.named).refresh()  # whoever reads next finds an index file, if it is worth one
         return report
 
-    def _builder(self, model: ReferenceModel, tokenizer: Any, first: Row, name: str, options: BuildOptions) -> Builder:
+    def builder(self, model: ReferenceModel, tokenizer: Any, first: Row, name: str, options: BuildOptions) -> Builder:
+        """What `build` runs: the arguments checked, the reference named, damage taken out of use.
+
+        Args:
+            first: the first row.
+        """
         options.check()
         check_name(name)
         prefix = None if tokenizer is None else rows.prior_prefix(tokenizer)
@@ -144,7 +146,7 @@ class ReferenceCache:
             name=name,
             reference=model.reference,
             model=model.name,
-            tokenizer=rows.text_tokenizer(tokenizer).name_or_path if tokenizer is not None else "",
+            tokenizer=rows.origin(tokenizer),
             vocabulary=None if tokenizer is None else rows.vocabulary(tokenizer),
             prior_prefix=prefix,
             max_length=options.max_length,
@@ -244,38 +246,13 @@ class ReferenceCache:
             MissingEntry: a row that is not in the cache. For an iterable data set, when it is read.
             CacheError: bad arguments.
         """
-        if on_miss not in ("raise", "compute"):
-            raise CacheError(f"on_miss: expected 'raise' or 'compute', got {on_miss!r}")
-        compute = on_miss == "compute"
-        if compute != (model is not None):
-            raise CacheError(f"model: expected {'one' if compute else 'none'} with on_miss={on_miss!r}")
-        if build_keywords and not compute:
-            raise CacheError(f"{next(iter(build_keywords))}: not a keyword of attach with on_miss='raise'")
         first, every = rows.peek(dataset)
-        if compute and tokenizer is None and not rows.tokenized(first):
-            raise CacheError("tokenizer: expected the reference's with on_miss='compute'")
-        known = self.references
-        new = compute and (reference not in known if reference else not known)
-        built: Any = BuildOptions() if new else self.reference(reference)
-        max_length = built.max_length if max_length is AS_BUILT else max_length
-        truncation_mode = built.truncation_mode if truncation_mode is AS_BUILT else truncation_mode
-        rows.check_truncation(max_length, truncation_mode)
-        builder = None
-        if compute:
-            model_keywords = {k: build_keywords.pop(k) for k in MODEL_KEYWORDS & set(build_keywords)}
-            tokens_too = token_logps or ld_alpha is not None
-            options = BuildOptions(max_length, truncation_mode, prior, tokens_too, **build_keywords)
-            name = reference or ("reference" if new else built.name)
-            with untouched_random_state():
-                builder = self._builder(ReferenceModel(model, **model_keywords), tokenizer, first, name, options)
-            named = builder.named
-        else:
-            named = replace(built, max_length=max_length, truncation_mode=truncation_mode)
-        if prior and named.prior_prefix is None:
-            raise CacheError(f"prior: reference {named.name!r} was built without a tokenizer, so without priors")
+        asked = columns.Asked(tokenizer, max_length, truncation_mode, prior, token_logps, ld_alpha, on_miss, model)
+        named, builder = columns.resolve(self, reference, first, asked, build_keywords)
         prepare = columns.preparation(named, first, tokenizer)
         parts = BuildOptions(prior=prior).parts
-        return columns.add(every, columns.Columns(self, named, prepare, parts, ld_alpha, token_logps, builder))
+        found = columns.Columns(self, named, prepare, parts, ld_alpha, token_logps, builder)
+        return columns.add(dataset, every, found)
 
     # --- keep --------------------------------------------------------------------------------------------------------
 
