@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -103,9 +104,13 @@ def attach(cache: ReferenceCache, arguments: argparse.Namespace) -> int:
         keywords["truncation_mode"] = arguments.truncation_mode
     if arguments.tokenizer is not None:
         keywords["tokenizer"] = load_tokenizer(arguments.tokenizer, pairs[0], arguments.trust_remote_code)
-    with_logps = cache.attach(
-        pairs, arguments.name, prior=arguments.prior, token_logps=arguments.token_logps, **keywords
-    )
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", UserWarning)
+        with_logps = cache.attach(
+            pairs, arguments.name, prior=arguments.prior, token_logps=arguments.token_logps, **keywords
+        )
+    for warning in said:
+        print(f"fastdpo cache attach: {warning.message}", file=sys.stderr)
     output = Path(arguments.output)
     if output.suffix == ".parquet":
         with_logps.to_parquet(output)

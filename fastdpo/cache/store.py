@@ -117,8 +117,11 @@ class ReferenceCache:
                 as `ReferenceModel` takes them.
 
         Raises:
-            CacheError: bad arguments; `name` taken by another reference; rows that cannot be scored, or without a
-                finite logp (all others are scored first).
+            CacheError: bad arguments; `name` taken by another reference; a model that changed after it was
+                fingerprinted, or whose files are damaged; rows that cannot be made into tokens or that the model cannot
+                score; rows without a finite logp (all others are scored first).
+            ValueError: bad `temperature` or `backend`; a .jsonl file that is not one of pairs.
+            OSError: files that cannot be read or written; no such model.
         """
         options = BuildOptions(
             max_length, truncation_mode, prior, token_logps, shard_size, batch_tokens, source, replace_name, progress
@@ -244,7 +247,10 @@ class ReferenceCache:
 
         Raises:
             MissingEntry: a row that is not in the cache. For an iterable data set, when it is read.
-            CacheError: bad arguments.
+            CacheError: bad arguments; what `build` raises.
+
+        Warns:
+            UserWarning: how many completions have no token left within max_length, so a logp of 0.
         """
         first, every = rows.peek(dataset)
         asked = columns.Asked(tokenizer, max_length, truncation_mode, prior, token_logps, ld_alpha, on_miss, model)
