@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -13,21 +13,14 @@ from . import claims, columns, garbage, rows, upkeep
 from . import verify as verify_
 from .build import Builder, untouched_random_state
 from .columns import AS_BUILT
-from .errors import CacheError, DamagedShard, MissingEntry
+from .errors import CacheError
 from .index import Index
 from .key import KEY_BYTES
+from .lookup import Entries, look_up
 from .manifest import Manifest, NamedReference, check_name
 from .model import ReferenceModel
 from .options import BuildOptions, BuildReport
 from .rows import MAX_LENGTH, Preparation, Row
-
-
-class Entries(NamedTuple):
-    """What n keys hold."""
-
-    logp: np.ndarray  # float64 [n], sums over the counted tokens
-    counts: np.ndarray  # int32 [n], counted tokens
-    token_logps: list[np.ndarray]  # n of float32 [count], where asked for; else empty
 
 
 class ReferenceCache:
@@ -201,19 +194,7 @@ class ReferenceCache:
         if keys.dtype != np.uint8 or keys.ndim != 2 or keys.shape[1] != KEY_BYTES:
             raise CacheError(f"keys: expected uint8 [n, {KEY_BYTES}], got {keys.dtype} {list(keys.shape)}")
         named = reference if isinstance(reference, NamedReference) else self.reference(reference)
-        index = self.index(named)
-        for last_try in (False, True):
-            found = index.find(keys)
-            there = index.has_tokens(found) if token_logps else found.found
-            if there.all():
-                try:
-                    return Entries(found.logp, found.counts, index.token_logps(found) if token_logps else [])
-                except (FileNotFoundError, DamagedShard):  # merged meanwhile, or damaged since
-                    if last_try:
-                        raise
-            if not last_try:
-                index.refresh()
-        raise _missing(self, named.name, index, np.flatnonzero(~there), len(keys), places, token_logps)
+        return look_up(self.index(named), lambda: (self.path, self.reference(named.name)), keys, places, token_logps)
 
     def attach(
         self,
@@ -336,25 +317,3 @@ class ReferenceCache:
         for name in drop:
             self._manifest.get(name)
         return garbage.find(self.path, {named[name].reference.id for name in named if name not in drop})
-
-
-def _missing(
-    cache: ReferenceCache,
-    name: str,
-    index: Index,
-    gone: np.ndarray,
-    asked: int,
-    places: SequenceOf[str] | None,
-    token_logps: bool,
-) -> MissingEntry:
-    """The error for entries `gone` of those asked for."""
-    names = ", ".join(str(i) if places is None else places[i] for i in gone[:20])
-    more = f" and {len(gone) - 20} more" if len(gone) > 20 else ""
-    built = cache.reference(name)
-    damage = f"; {len(index.damaged)} of its shards are damaged" if index.damaged else ""
-    damage += f"; {len(index.conflicts)} of its entries disagree" if index.conflicts else ""
-    return MissingEntry(
-        f"{names}{more} of {asked}: not in reference {name!r} of {cache.path}{' with token logps' * token_logps}, "
-        f"which was last built with max_length {built.max_length}, {built.truncation_mode}, tokenizer "
-        f"{built.tokenizer or 'none'}{damage}. Build with this data and these settings first"
-    )
