@@ -423,3 +423,20 @@ def test_computing_into_an_empty_cache_and_as_built(tiny, cache):
     assert sorted(cache.references) == ["other", "reference"]
     with pytest.raises(CacheError, match="name: 'other' is another reference"):
         cache.attach(PAIRS[:1], "other", **keywords)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_model_that_is_trained_on_stores_nothing(tiny, cache, stream):
+    """What it scores then is not the reference's."""
+    model = kit.model_of(tiny)
+    data = Dataset.from_list(PAIRS)
+    keywords = {"tokenizer": kit.tokenizer_of(tiny), "on_miss": "compute", "model": model, "progress": False}
+    attached = cache.attach(data.to_iterable_dataset(), **keywords)
+    if not stream:
+        cache.build(model, kit.tokenizer_of(tiny), PAIRS[:1], progress=False)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    with pytest.raises(CacheError, match="changed after it was fingerprinted"):
+        list(attached)
+    assert len(kit.entries(cache)) == (0 if stream else 2)

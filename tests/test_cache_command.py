@@ -160,8 +160,9 @@ def test_errors_are_one_line(run, tiny, data, tmp_path):
         ("build", ["--model", str(tmp_path / "no-model")], "tokenizer: "),
         ("build", ["--max-length", "-3"], "max_length: expected an int above 0"),
         ("build", ["--temperature", "0"], "temperature: expected"),
-        ("attach", ["--output", str(tmp_path / "x")], "which holds none"),
-        ("gc", ["--drop", "x"], "'x' is not in"),
+        ("attach", ["--output", str(tmp_path / "x")], "no such folder; `build` makes a cache"),
+        ("gc", ["--drop", "x"], "no such folder"),
+        ("merge", ["--from", str(tmp_path)], "not a cache"),
     ]:
         code, _, err = run(command, *more)
         assert code == 1, message

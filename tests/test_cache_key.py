@@ -222,3 +222,95 @@ print(ReferenceModel({tiny!r}).reference.id, ReferenceModel(model).reference.id)
 )
 def test_head_transforms_are_in_the_reference(config, expected):
     assert fingerprint.head_transform(config) == expected
+
+
+# --- several adapters, and models that change ------------------------------------------------------------------------
+
+
+def adapted(tiny: str, *names: str, seed: int = 0, reverse: bool = False):
+    """A model with adapters of random weights, the first drawn with `seed`, all of them active."""
+    config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    model = get_peft_model(kit.model_of(tiny), config, adapter_name=names[0])
+    for name in names[1:]:
+        model.add_adapter(name, config)
+    for i, name in enumerate(names):
+        generator = torch.Generator().manual_seed(i or seed)
+        for full, parameter in model.named_parameters():
+            if f".{name}." in full:
+                parameter.data = torch.randn(parameter.shape, generator=generator)
+    model.base_model.set_adapter(list(reversed(names) if reverse else names))
+    return model
+
+
+def test_every_active_adapter_counts(tiny):
+    before = fingerprint.of_model(adapted(tiny, "a", "b"))
+    assert fingerprint.of_model(adapted(tiny, "a", "b", seed=5)) != before, "the first"
+    assert fingerprint.of_model(adapted(tiny, "x", "y", reverse=True)) == before, "neither name nor order"
+    alone, beside = adapted(tiny, "a"), adapted(tiny, "a", "ab")
+    assert fingerprint.of_model(beside) != fingerprint.of_model(alone)
+    beside.base_model.set_adapter(["a"])
+    assert fingerprint.of_model(beside) == fingerprint.of_model(alone), "'a' does not take in 'ab'"
+
+
+def test_the_scaling_of_an_adapter_and_merging_it_count(tiny):
+    model = adapted(tiny, "a")
+    found = [fingerprint.of_model(model)]
+    for module in model.modules():
+        if hasattr(module, "scale_layer"):
+            module.scale_layer(3.0)
+    found.append(fingerprint.of_model(model))
+    model.merge_adapter()
+    found.append(fingerprint.of_model(model))
+    with model.disable_adapter():
+        found.append(fingerprint.of_model(model))
+    assert len(set(found)) == 4
+
+
+@pytest.mark.parametrize("how", ["in place", "through .data", "other storage", "config", "adapter"])
+def test_a_model_that_changes_is_found_out(tiny, how):
+    model = adapted(tiny, "a") if how == "adapter" else kit.model_of(tiny)
+    reference = ReferenceModel(model)
+    assert reference.reference.fingerprint
+    reference.check_unchanged()
+    weight = model.get_output_embeddings().weight
+    with torch.no_grad():
+        if how == "in place":
+            weight[5, 7] += 1
+        elif how == "through .data":
+            weight.data.mul_(1.5)
+        elif how == "other storage":
+            weight.data = weight.data + 1
+        elif how == "config":
+            model.config.rms_norm_eps *= 2
+        else:
+            model.base_model.disable_adapter_layers()
+    with pytest.raises(CacheError, match="changed after it was fingerprinted"):
+        reference.check_unchanged()
+
+
+def test_a_model_that_is_moved_has_not_changed(tiny):
+    model = kit.model_of(tiny)
+    reference = ReferenceModel(model)
+    assert reference.reference.fingerprint
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    reference.check_unchanged()
+
+
+def test_a_folder_that_is_replaced_before_it_is_loaded_raises(tiny, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny, folder)
+    reference = ReferenceModel(folder)
+    assert reference.reference == ReferenceModel(tiny).reference
+    shutil.copy(Path(kit.save_model(tmp_path / "other", seed=3)) / "model.safetensors", folder)
+    with pytest.raises(CacheError, match="changed on disk after it was fingerprinted"):
+        _ = reference.scorer
+
+
+def test_weights_that_are_cut_short_raise(tiny, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny, folder)
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CacheError, match="model: .*its safetensors are cut short or damaged"):
+        _ = ReferenceModel(folder).reference

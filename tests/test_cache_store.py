@@ -79,7 +79,7 @@ def test_round_trip(tmp_path, count, tokens):
     part = entries(count, tokens=tokens)
     name = write(tmp_path, part)
     path = tmp_path / f"{name}.parquet"
-    assert write(tmp_path, part) == name, "the same entries, the same file"
+    assert write(tmp_path, part) != name, "never the same name"
     again = shard.read(path, REFERENCE.id, tokens=True)
     for column in ("keys", "logp", "counts"):
         np.testing.assert_array_equal(getattr(again, column), getattr(part, column))
@@ -123,7 +123,7 @@ def test_every_flipped_byte_is_found_and_no_wrong_logp_returned(tmp_path, monkey
     part, other = entries(50, tokens=True), entries(20, seed=1, tokens=True)
     cache = cache_of(tmp_path, part, other)
     fresh(cache).lookup(joined(part, other))
-    path = cache.shards(NAMED) / f"{write(cache.shards(NAMED), part)}.parquet"
+    (path,) = (p for p in cache.shards(NAMED).glob("*.parquet") if len(shard.read(p, REFERENCE.id)) == 50)
     right = path.read_bytes()
     places = regions(path)
     assert len(places) == 12, "4 columns, 4 other parts"
@@ -309,7 +309,12 @@ def test_an_index_of_shards_that_are_gone_is_not_used(tmp_path, small_files):
     parts = [entries(30, seed) for seed in range(2)]
     cache = cache_of(tmp_path, *parts)
     cache.lookup(parts[0].keys)
-    (cache.shards(NAMED) / f"{write(cache.shards(NAMED), parts[0])}.parquet").unlink()
+    (path,) = (
+        p
+        for p in cache.shards(NAMED).glob("*.parquet")
+        if (shard.read(p, REFERENCE.id).keys[0] == parts[0].keys[0]).all()
+    )
+    path.unlink()
     for reader in (fresh(cache), cache):
         with pytest.raises(MissingEntry):
             reader.lookup(entries(1, seed=77).keys)
@@ -365,7 +370,7 @@ def test_entries_that_disagree_are_not_found(tmp_path, monkeypatch, files):
 
 def test_an_entry_with_token_logps_wins(tmp_path, small_files):
     part = entries(12, tokens=True)
-    cache = cache_of(tmp_path, replace(part, token_logps=None, logp=part.logp * (1 + 1e-3)))
+    cache = cache_of(tmp_path, replace(part, token_logps=None, logp=part.logp * (1 + 1e-7)))
     cache.lookup(part.keys)
     write(cache.shards(NAMED), part)
     for _ in range(2):
@@ -374,7 +379,24 @@ def test_an_entry_with_token_logps_wins(tmp_path, small_files):
     cache.merge()
     cache.gc()
     np.testing.assert_array_equal(fresh(cache).lookup(part.keys, token_logps=True).logp, part.logp)
-    assert len(list(cache.shards(NAMED).glob("*.parquet"))) == 2, "an empty one has taken the place of the old one"
+    assert len(list(cache.shards(NAMED).glob("*.parquet"))) == 1, "nothing was left of the old one"
+
+
+@pytest.mark.parametrize("files", [1, 10**9])
+@pytest.mark.parametrize("first", [False, True])
+def test_an_entry_with_token_logps_that_disagrees_with_one_without_is_not_found(tmp_path, monkeypatch, files, first):
+    monkeypatch.setattr(index_module, "_WORTH_A_FILE", files)
+    part = entries(12, tokens=True)
+    logp = part.logp.copy()
+    logp[3] -= 5
+    parts = [part, replace(part, token_logps=None, logp=logp)]
+    cache = cache_of(tmp_path, parts[first])
+    cache.lookup(part.keys)
+    write(cache.shards(NAMED), parts[not first])
+    for _ in range(2):
+        with pytest.raises(MissingEntry, match="^3 of 12: .*1 of its entries disagree"):
+            fresh(cache).lookup(part.keys)
+    assert [finding.what for finding in cache.verify()] == ["1 disagreeing entries: another shard holds them too"] * 2
 
 
 # --- merge, gc -------------------------------------------------------------------------------------------------------
@@ -401,7 +423,14 @@ def test_a_merge_that_was_cut_short_doubles_nothing(tmp_path, monkeypatch):
     parts = [entries(10, seed) for seed in range(3)]
     cache = cache_of(tmp_path, *parts)
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "unlink", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        unlink = Path.unlink
+
+        def interrupted(self, **keywords):
+            if self.suffix == ".parquet":
+                raise KeyboardInterrupt
+            unlink(self, **keywords)
+
+        patch.setattr(Path, "unlink", interrupted)
         with pytest.raises(KeyboardInterrupt):
             cache.merge()
     assert len(list(cache.shards(NAMED).glob("*.parquet"))) == 4
@@ -417,7 +446,11 @@ def test_a_merge_that_was_cut_short_doubles_nothing(tmp_path, monkeypatch):
 def test_caches_of_two_machines_become_one(tmp_path):
     parts = [entries(10, seed) for seed in range(3)]
     here, there = cache_of(tmp_path / "here", *parts[:2]), cache_of(tmp_path / "there", *parts[1:])
-    assert here.merge([there.path]).taken == 1, "the other is here already"
+    for path in here.shards(NAMED).glob("*.parquet"):
+        if (shard.read(path, REFERENCE.id).keys[0] == parts[1].keys[0]).all():
+            next_path = path
+    shutil.copy(next_path, there.shards(NAMED))
+    assert here.merge([there.path]).taken == 2, "one is here already"
     np.testing.assert_array_equal(here.lookup(joined(*parts)).logp[20:], parts[2].logp)
     assert here.verify() == []
     other = tmp_path / "other"
@@ -427,6 +460,80 @@ def test_caches_of_two_machines_become_one(tmp_path):
     )
     with pytest.raises(CacheError, match="name: 'it' is another reference .*fingerprint was fff"):
         here.merge([other])
+
+
+@pytest.mark.parametrize("where", ["in one cache", "in the other", "between two"])
+def test_merge_refuses_entries_that_disagree_and_loses_none(tmp_path, where):
+    part = entries(10)
+    wrong = replace(part, logp=part.logp - 1)
+    here = cache_of(tmp_path / "here", part, *([wrong] if where == "in one cache" else []))
+    there = cache_of(tmp_path / "there", wrong, *([part] if where == "in the other" else []))
+    before = sorted(tmp_path.rglob("*.parquet"))
+    with pytest.raises(CacheError, match="disagree.*rows 0 chosen, 1 chosen.*of pairs"):
+        here.merge([] if where == "in one cache" else [there.path])
+    assert sorted(tmp_path.rglob("*.parquet")) == before
+
+
+def test_repair_leaves_no_tombstone(tmp_path):
+    """A shard that is written anew is not one that was taken out of use before, whatever it holds."""
+    from fastdpo.cache import upkeep
+
+    part = entries(10)
+    cache = cache_of(tmp_path, part, replace(part, logp=part.logp - 1))
+    assert len(upkeep.repair(tmp_path, REFERENCE)) == 0
+    assert list(cache.shards(NAMED).glob("*.parquet")) == []
+    write(cache.shards(NAMED), part)
+    np.testing.assert_array_equal(fresh(cache).lookup(part.keys).logp, part.logp)
+    assert cache.verify() == []
+
+
+def test_token_logps_must_be_those_of_the_sum(tmp_path, monkeypatch):
+    part = entries(10, tokens=True)
+    cache = cache_of(tmp_path, part)
+    for wrong in (replace(part, logp=part.logp - 5), replace(part, counts=part.counts + 3)):
+        with pytest.raises(CacheError, match="token_logps: expected"):
+            write(tmp_path, wrong)
+    with monkeypatch.context() as patch:
+        patch.setattr(shard, "_sums", lambda *_: True)
+        write(cache.shards(NAMED), replace(entries(3, seed=1, tokens=True), logp=np.full(3, -5.0)))
+    (finding,) = cache.verify()
+    assert "holds a logp or count that is not that of its token logps" in finding.what
+
+
+def test_verify_finds_shards_that_are_gone(tmp_path):
+    parts = [entries(10, seed) for seed in range(2)]
+    cache = cache_of(tmp_path, *parts)
+    folder = cache.shards(NAMED)
+    names = [path.stem for path in folder.glob("*.parquet")]
+    journal.Journal(folder).written(*names)
+    cache.merge()
+    assert cache.verify() == [], "merged is not gone"
+    (path,) = folder.glob("*.parquet")
+    path.unlink()
+    (finding,) = cache.verify()
+    assert finding.where.endswith(path.name) and finding.what == "was written, and is gone"
+    assert "9 chosen" in finding.rows
+    from fastdpo.cache import upkeep
+
+    upkeep.repair(tmp_path, REFERENCE)
+    assert cache.verify() == [], "known, and to be scored again"
+
+
+def test_verify_reads_the_index_files(tmp_path, small_files):
+    from fastdpo.cache import upkeep
+
+    part = entries(30)
+    cache = cache_of(tmp_path, part)
+    cache.lookup(part.keys)
+    (path,) = index_files(cache)
+    wrong = bytearray(path.read_bytes())
+    wrong[500] ^= 1
+    path.write_bytes(wrong)
+    (finding,) = cache.verify()
+    assert finding.where == str(path.relative_to(tmp_path)) and "do not hash to its name" in finding.what
+    assert cache.gc(dry_run=True) == [path]
+    upkeep.repair(tmp_path, REFERENCE)
+    assert cache.verify() == [] and not path.exists()
 
 
 def test_gc_drops_a_reference(tmp_path):
@@ -469,11 +576,38 @@ def test_a_manifest_that_was_changed_is_refused(tmp_path):
         fresh(cache)
 
 
+def test_a_manifest_that_is_cut_short_is_written_again(tmp_path):
+    part = entries(3)
+    cache = cache_of(tmp_path, part)
+    for damage in ("cut", "gone"):
+        (tmp_path / "manifest.json").write_text('{"form') if damage == "cut" else (tmp_path / "manifest.json").unlink()
+        again = fresh(cache)
+        np.testing.assert_array_equal(again.lookup(part.keys).logp, part.logp)
+        assert [finding.where for finding in again.verify()] == ["manifest.json"]
+        again._manifest.create()
+        assert again.verify() == []
+
+
+def test_stray_files_beside_the_names_are_reported_and_in_nobodys_way(tmp_path):
+    part = entries(3)
+    cache = cache_of(tmp_path, part)
+    (tmp_path / "references" / "._it.json").write_text("{}")
+    np.testing.assert_array_equal(fresh(cache).lookup(part.keys).logp, part.logp)
+    assert [finding.where for finding in cache.verify()] == ["references/._it.json"]
+
+
 def test_which_reference(tmp_path):
-    with pytest.raises(CacheError, match="expected a name of .*, which holds none"):
-        ReferenceCache(tmp_path / "none").reference()
+    nowhere, other = ReferenceCache(tmp_path / "none"), ReferenceCache(tmp_path / "other")
+    (tmp_path / "other").mkdir()
+    for use in ("reference", "info", "verify", "merge", "gc"):
+        with pytest.raises(CacheError, match="none: no such folder; `build` makes a cache"):
+            getattr(nowhere, use)()
+        with pytest.raises(CacheError, match="other: not a cache, it has no manifest.json"):
+            getattr(other, use)()
+    with pytest.raises(CacheError, match="none: no such folder"):
+        cache_of(tmp_path / "c").merge([nowhere.path])
     assert not (tmp_path / "none").exists(), "reading makes no folder"
-    cache = cache_of(tmp_path)
+    cache = cache_of(tmp_path / "cache")
     assert cache.reference().name == cache.reference("it").name == "it"
     cache._manifest.put(NamedReference("b", *tuple(vars(NAMED).values())[1:]), overwrite=False)
     with pytest.raises(CacheError, match="which holds b, it"):
@@ -500,6 +634,15 @@ def test_files_are_there_whole_or_not_at_all(tmp_path, monkeypatch):
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     assert not files.write_new(path, b"new")
+    link = os.link
+
+    def twice(*names):  # an NFS client that asks again, since the first answer was lost
+        link(*names)
+        link(*names)
+
+    monkeypatch.setattr(os, "link", twice)
+    assert files.write_new(tmp_path / "linked", b"new") and not files.write_new(path, b"new")
+    (tmp_path / "linked").unlink()
     monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("no links here")))
     assert not files.write_new(path, b"new")
     assert files.write_new(tmp_path / "another", b"new")
@@ -514,24 +657,13 @@ def test_an_index_is_of_one_reference(tmp_path):
     assert len(index) == 0 and len(index.damaged) == 1
 
 
-def test_a_shard_that_is_written_again_is_read_again(tmp_path):
-    """Scored again in the same batches, it has the bytes and so the name of the one that was damaged or merged."""
-    parts = [entries(10, seed) for seed in range(2)]
-    cache = cache_of(tmp_path, *parts)
-    path = cache.shards(NAMED) / f"{shard.encode(REFERENCE.id, parts[0])[0]}.parquet"
+def test_a_shard_that_is_made_whole_again_is_read_again(tmp_path):
+    part = entries(10)
+    cache = cache_of(tmp_path, part)
+    (path,) = cache.shards(NAMED).glob("*.parquet")
     right = path.read_bytes()
     path.write_bytes(b"")
     with pytest.raises(MissingEntry, match="1 of its shards are damaged"):
-        cache.lookup(parts[0].keys)
+        cache.lookup(part.keys)
     path.write_bytes(right)
-    cache.lookup(parts[0].keys)
-    cache.merge()
-    cache.lookup(parts[0].keys)
-    for merged in cache.shards(NAMED).glob("*.parquet"):
-        merged.unlink()
-    path.write_bytes(right)
-    with pytest.raises(MissingEntry):
-        cache.lookup(entries(1, seed=9).keys)  # so it looks at the folder
-    with pytest.raises(MissingEntry):
-        cache.lookup(parts[1].keys)
-    np.testing.assert_array_equal(cache.lookup(parts[0].keys).logp, parts[0].logp)
+    np.testing.assert_array_equal(cache.lookup(part.keys).logp, part.logp)

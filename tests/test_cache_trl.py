@@ -164,6 +164,10 @@ def test_what_would_be_scored_otherwise_raises(tiny, cache, tmp_path, no_referen
         trainer(tiny, tmp_path, plain, ld_alpha=0.5)
     with pytest.raises(CacheError, match="sync_ref_model"):
         trainer(tiny, tmp_path, cache, sync_ref_model=True)
+    warm = ReferenceCache(tmp_path / "warm")
+    warm.build(tiny, kit.tokenizer_of(tiny), PAIRS, temperature=2.0, progress=False)
+    with pytest.raises(CacheError, match="reference: 'reference' was scored at temperature 2; DPO needs 1"):
+        trainer(tiny, tmp_path, warm)
     common = {"args": config(tmp_path), "train_dataset": Dataset.from_list(PAIRS)}
     common |= {"processing_class": kit.tokenizer_of(tiny)}
     model = kit.model_of(tiny)
@@ -175,7 +179,7 @@ def test_what_would_be_scored_otherwise_raises(tiny, cache, tmp_path, no_referen
         FastDPOTrainer(model, **common, reference="x")
     with pytest.raises(CacheError, match="'x' is not in .*; it holds reference"):
         FastDPOTrainer(model, **common, reference_cache=cache, reference="x")
-    with pytest.raises(CacheError, match="which holds none"):
+    with pytest.raises(CacheError, match="nowhere: no such folder"):
         FastDPOTrainer(model, **common, reference_cache=tmp_path / "nowhere")
 
 

@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import journal, shard
+from . import claims as claims_
+from . import files, journal, shard
 from .claims import Claims
 from .errors import CacheError
 from .index import Index
@@ -57,22 +58,22 @@ class Builder:
     """One process at work on the shards of one reference.
 
     Args:
-        folder: of its shards.
-        index: of those; refreshed here. One that has read the shards themselves.
+        root: the cache's folder.
+        index: of the reference's shards; refreshed here. One that has read the shards themselves.
     """
 
     def __init__(
         self,
-        folder: Path,
+        root: Path,
         index: Index,
         model: ReferenceModel,
         named: NamedReference,
         prepare: Preparation,
         options: BuildOptions,
     ) -> None:
-        self._folder, self._index, self._model, self.named, self._prepare = folder, index, model, named, prepare
-        self._options = options
-        self._journal = journal.Journal(folder)
+        self._root, self._index, self._model, self.named, self._prepare = root, index, model, named, prepare
+        self._options, self._folder = options, index.folder
+        self._journal = journal.Journal(self._folder)
         self._refused: dict[bytes, str] = {}  # keys that have no finite logp -> where they are
         self._shards = 0
 
@@ -85,6 +86,10 @@ class Builder:
         Raises:
             CacheError: rows whose logp is not finite, after all others were scored; rows that the model cannot score.
         """
+        with claims_.at_work(self._root):
+            return self._run(rows)
+
+    def _run(self, rows: Any) -> BuildReport:
         report = BuildReport(self.named.name)
         for first, window in _windows(rows):
             plan = self._plan(window, first)
@@ -111,7 +116,7 @@ class Builder:
     def _plan(self, rows: Any, first: int) -> _Plan:
         keys, places, lengths, empty = [], [], [], 0
         for number, row in enumerate(self._bar(rows, "reading", unit="row", leave=False)):
-            prepared = self._prepare(row)
+            prepared = self._prepare.numbered(row, f"{self._options.source}: row {first + number}")
             for part in self._options.parts:
                 found = self._sequence(prepared, part)
                 keys.append(found.key(self.named.reference))
@@ -151,7 +156,8 @@ class Builder:
         size, done, pause = min(_CHUNK, self._options.shard_size), 0, 0.0
         todo = [np.arange(i, min(i + size, len(plan.keys))) for i in np.unique(missing // size) * size]
         left = {int(chunk[0]): int(((missing >= chunk[0]) & (missing <= chunk[-1])).sum()) for chunk in todo}
-        with Claims(self._folder) as claims, self._bar(None, "scoring", total=len(missing), unit="seq") as bar:
+        folder = self._root / claims_.FOLDER / self.named.reference.id
+        with Claims(folder) as claims, self._bar(None, "scoring", total=len(missing), unit="seq") as bar:
             while todo:
                 self._index.refresh()
                 claimed, todo, finished = self._claim(plan, todo, claims)
@@ -162,7 +168,8 @@ class Builder:
                     time.sleep(pause)
                     continue
                 pause = 0.0
-                # What was finished between our look and our claim is seen now
+                # What was finished between our look and our claim is seen now; on NFS, once the listing is fetched anew
+                files.touch(self._folder)
                 self._index.refresh()
                 unit = [self._missing(plan, chunk) for chunk in claimed.values()]
                 for chunk, rows in zip(claimed.values(), unit, strict=True):
@@ -202,6 +209,7 @@ class Builder:
     def _score(self, plan: _Plan, unit: list[np.ndarray], progress: Callable[[int], Any]) -> int:
         """Score chunks, each in batches of its own, and write them; returns how many sequences have a logp now."""
         done, kept, started = 0, {}, time.monotonic()
+        self._model.check_unchanged()
         for number, rows in enumerate(unit, start=1):
             for batch in self._batches(plan, rows):
                 try:
@@ -219,13 +227,18 @@ class Builder:
                 self._write(plan, kept)
                 done += len(kept)
                 kept, started = {}, time.monotonic()
-        self._index.refresh()  # reads back what was written
-        if any(len(self._missing(plan, rows)) for rows in unit):
+        for pause in (0, 0.1, 1.0):  # somebody may be merging what was written
+            time.sleep(pause)
+            self._index.refresh()  # reads it back
+            if not any(len(self._missing(plan, rows)) for rows in unit):
+                break
+        else:
             raise CacheError(f"{self._folder}: cannot read back the shard that was just written")
         return done
 
     def _write(self, plan: _Plan, tokens: dict[int, np.ndarray]) -> None:
         """One shard of rows of the plan."""
+        self._model.check_unchanged()  # another thread may train it
         rows = np.array(list(tokens))
         entries = shard.Shard(
             plan.keys[rows],
@@ -237,6 +250,7 @@ class Builder:
         numbers, parts = (plan.first + plan.row[rows]).tolist(), plan.part[rows].tolist()
         self._journal.add(name, [journal.Origin(0, self._options.source, numbers, parts)])
         shard.save(self._folder, name, data)
+        self._journal.written(name)
         self._shards += 1
 
     def _batches(self, plan: _Plan, rows: np.ndarray) -> Iterator[list[tuple[int, Sequence]]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -82,13 +83,13 @@ def info(cache: ReferenceCache, arguments: argparse.Namespace) -> int:
 
 def verify(cache: ReferenceCache, arguments: argparse.Namespace) -> int:
     """Read everything; 1 if anything is wrong."""
-    findings = cache.verify()
+    findings, held = cache.examine()
     for finding in findings:
         print(finding)
     if findings:
         print(f"{cache.path}: {len(findings)} findings; `fastdpo cache build` computes what they concern again")
         return 1
-    for about in cache.info():
+    for about in held:
         print(f"{about.named.name}: {about.entries:,} entries in {about.shards} shards, all as they were written")
     return 0
 
@@ -97,15 +98,19 @@ def attach(cache: ReferenceCache, arguments: argparse.Namespace) -> int:
     """Write the pairs of a file with their reference logps."""
     pairs = read_pairs(arguments.data)
     keywords: dict[str, Any] = {}
-    if arguments.max_length is not None:
-        keywords["max_length"] = None if arguments.max_length == 0 else arguments.max_length
+    if hasattr(arguments, "max_length"):
+        keywords["max_length"] = arguments.max_length
     if arguments.truncation_mode is not None:
         keywords["truncation_mode"] = arguments.truncation_mode
     if arguments.tokenizer is not None:
         keywords["tokenizer"] = load_tokenizer(arguments.tokenizer, pairs[0], arguments.trust_remote_code)
-    with_logps = cache.attach(
-        pairs, arguments.name, prior=arguments.prior, token_logps=arguments.token_logps, **keywords
-    )
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", UserWarning)
+        with_logps = cache.attach(
+            pairs, arguments.name, prior=arguments.prior, token_logps=arguments.token_logps, **keywords
+        )
+    for warning in said:
+        print(f"fastdpo cache attach: {warning.message}", file=sys.stderr)
     output = Path(arguments.output)
     if output.suffix == ".parquet":
         with_logps.to_parquet(output)
@@ -181,7 +186,9 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(attach)
     data(sub)
     sub.add_argument("--name", help="which reference (default: the only one)")
-    sub.add_argument("--max-length", type=int, metavar="L", help="0: no limit (default: as built)")
+    sub.add_argument(
+        "--max-length", type=_max_length, default=argparse.SUPPRESS, metavar="L", help="0: all (default: as built)"
+    )
     sub.add_argument("--truncation-mode", choices=_MODES, help="default: as built")
     sub.add_argument("--output", required=True, metavar="OUT", help=".jsonl or .parquet")
 
@@ -198,7 +205,10 @@ _MODES = ("keep_start", "keep_end")
 
 
 def _max_length(text: str) -> int | None:
-    return int(text) or None
+    try:
+        return int(text) or None
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number of tokens, or 0 for all, got {text!r}") from None
 
 
 if __name__ == "__main__":

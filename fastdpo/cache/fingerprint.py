@@ -4,19 +4,19 @@
 
 From a loaded model, or straight from the safetensors files of a folder or hub id; the two agree for the same weights
 loaded with the same dtype. The files are read once, tensor by tensor, however they are sharded. Tied weights count
-once, under the first of their names. An adapter counts while it is enabled, whatever it is called.
+once, under the first of their names. An adapter counts while it is enabled or merged, whatever it is called.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from . import adapters
 from .errors import CacheError
 
 # What a config says that no log-probability depends on, besides what every config says (labels, outputs, dtype, ...)
@@ -24,7 +24,6 @@ _NOT_ARCHITECTURE = {
     *("_name_or_path", "_commit_hash", "auto_map", "torch_dtype", "use_cache", "tie_word_embeddings"),
     *("pad_token_id", "bos_token_id", "eos_token_id", "unk_token_id", "sep_token_id"),
 }
-_NOT_ADAPTER = {"base_model_name_or_path", "inference_mode", "revision", "auto_mapping", "task_type", "peft_version"}
 
 
 def of_model(model: Any) -> str:
@@ -34,20 +33,38 @@ def of_model(model: Any) -> str:
         CacheError: weights that are not there: on the meta device (offloaded), or partitioned by DeepSpeed ZeRO-3.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    adapter_names, adapters = _adapters(base)
     groups = _tied_groups(base)
-    tensors = {min(map(_plain_name, names)): tensor for names, tensor in groups if not adapter_names & set(names)}
-    hashes = {name: _tensor_hash(name, tensor) for name, tensor in tensors.items()}
     state = {name: tensor for names, tensor in groups for name in names}
-    for adapter, prefixes in adapters.items():
-        config = _adapter_config(model, base, adapter)
-        hashes[f"adapter {config}"] = ""
-        for name in adapter_names & set(state):
-            for prefix in prefixes:
-                if name.startswith(f"{prefix}.{adapter}"):
-                    unnamed = f"adapter {_plain_name(prefix)}{name.removeprefix(f'{prefix}.{adapter}')}"
-                    hashes[unnamed] = _tensor_hash(name, state[name])
+    found = adapters.layers(base)
+    theirs = adapters.tensor_names(found, state)
+    tensors = {min(map(adapters.plain_name, names)): tensor for names, tensor in groups if not theirs & set(names)}
+    hashes = {name: _tensor_hash(name, tensor) for name, tensor in tensors.items()}
+    for number, digest in enumerate(adapters.digests(model, base, found, state, _tensor_hash)):
+        hashes[f"adapter {number}"] = digest
     return _combine(base, hashes)
+
+
+def stamp(model: Any) -> Any:
+    """What is quickly seen of a loaded model; equal for two looks between which nothing has changed it.
+
+    Of each tensor where it lies, how often it was written to, and a few of its numbers: writing through `.data` is
+    counted nowhere. A model that was moved has another stamp and the same fingerprint.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    seen: list[Any] = [adapters.canonical(base.config.to_dict()), repr(adapters.layers(base))]
+    samples = []
+    for names, tensor in _tied_groups(base):
+        local = tensor.detach()
+        local = local.to_local() if hasattr(local, "to_local") else local
+        written = None if local.is_inference() else tensor._version
+        seen.append((names, tensor.dtype, tuple(tensor.shape), local.data_ptr(), written))
+        if local.numel():
+            flat = local.reshape(-1) if local.is_contiguous() else local.flatten()
+            samples.append(flat[:: max(1, flat.numel() // _SAMPLES)].double())
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for sample in samples:
+        by_device.setdefault(sample.device, []).append(sample)
+    return seen, [torch.cat(parts).cpu().numpy().tobytes() for parts in by_device.values()]
 
 
 class Checkpoint(NamedTuple):
@@ -123,6 +140,7 @@ def head_transform(config: Any) -> tuple[float | None, float]:
     return None if softcap is None else float(softcap), 1.0 if scale is None else float(scale)
 
 
+_SAMPLES = 64  # numbers of a tensor that a stamp looks at, about
 _SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # Cohere; Muse Glimmer; Falcon-H1
 
 
@@ -176,44 +194,6 @@ def _converts(outline: Any) -> bool:
     return any(isinstance(step, WeightConverter) for step in get_model_conversion_mapping(outline))
 
 
-# --- adapters --------------------------------------------------------------------------------------------------------
-
-
-def _plain_name(name: str) -> str:
-    """A weight's name as it was before PEFT wrapped its layer."""
-    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
-
-
-def _adapters(base: nn.Module) -> tuple[set[str], dict[str, list[str]]]:
-    """(names of all tensors that belong to adapters, enabled adapter -> the prefixes its tensors have)"""
-    try:
-        from peft.tuners.tuners_utils import BaseTunerLayer
-        from peft.utils import AuxiliaryTrainingWrapper
-    except ImportError:
-        return set(), {}
-    prefixes: list[str] = []
-    enabled: dict[str, list[str]] = {}
-    for name, module in base.named_modules():
-        if isinstance(module, BaseTunerLayer):
-            own = [f"{name}.{attribute}" for attribute in (*module.adapter_layer_names, *module.other_param_names)]
-        elif isinstance(module, AuxiliaryTrainingWrapper):
-            own = [f"{name}.{attribute}" for attribute in module.adapter_layer_names]
-        else:
-            continue
-        prefixes += own
-        if not module.disable_adapters:
-            active = module.active_adapters
-            for adapter in active if isinstance(active, (list, tuple)) else [active]:
-                enabled.setdefault(adapter, []).extend(own)
-    starts = tuple(f"{prefix}." for prefix in prefixes)
-    return {name for name in base.state_dict() if starts and name.startswith(starts)}, enabled
-
-
-def _adapter_config(model: Any, base: Any, adapter: str) -> str:
-    configs = getattr(model, "peft_config", None) or base.peft_config
-    return _canonical({k: v for k, v in configs[adapter].to_dict().items() if k not in _NOT_ADAPTER})
-
-
 # --- the whole -------------------------------------------------------------------------------------------------------
 
 
@@ -222,7 +202,7 @@ def _combine(model: Any, hashes: dict[str, str]) -> str:
 
     skip = _NOT_ARCHITECTURE | set(PretrainedConfig().to_dict()) - {"model_type"}
     whole = hashlib.sha256(f"fastdpo reference v1 {type(model).__name__}\n".encode())
-    whole.update(_canonical(_without(model.config.to_dict(), skip)).encode())
+    whole.update(adapters.canonical(_without(model.config.to_dict(), skip)).encode())
     for name in sorted(hashes):
         whole.update(f"\n{name} {hashes[name]}".encode())
     return whole.hexdigest()
@@ -230,8 +210,3 @@ def _combine(model: Any, hashes: dict[str, str]) -> str:
 
 def _without(value: Any, names: set[str]) -> Any:
     return {k: _without(v, names) for k, v in value.items() if k not in names} if isinstance(value, dict) else value
-
-
-def _canonical(value: Any) -> str:
-    # A set has another order in every process
-    return json.dumps(value, sort_keys=True, default=lambda v: sorted(map(str, v)) if isinstance(v, set) else str(v))

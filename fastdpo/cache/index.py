@@ -28,6 +28,7 @@ _METADATA = b"fastdpo"
 # one, so that all the files there ever were are at most five times the last
 _WORTH_A_FILE = 16384
 _GROWTH = 0.25
+_TRIES = 20  # looks at a folder in which others merge
 
 
 class ShardInfo(NamedTuple):
@@ -81,6 +82,25 @@ class _Run(NamedTuple):
         return {word.tobytes() for word in words}
 
 
+def is_whole(path: Path) -> bool:
+    """Whether the bytes of an index file are those that were written."""
+    return _whole(path) is not None
+
+
+def _whole(path: Path) -> pa.Buffer | None:
+    """The bytes, memory-mapped; None if they do not hash to the file's name."""
+    buffer = pa.memory_map(str(path)).read_buffer()
+    return buffer if hashlib.sha256(buffer).hexdigest() == path.stem else None
+
+
+def agree(
+    logp: np.ndarray, counts: np.ndarray, other_logp: np.ndarray, other_counts: np.ndarray, rounding: float
+) -> np.ndarray:
+    """bool [n]: which entries are the same but for rounding, relative to the logp."""
+    near = np.abs(logp - other_logp) <= rounding * np.maximum(1.0, np.abs(other_logp))
+    return near & (counts == other_counts)
+
+
 class Index:
     """The entries of one reference. Empty until `refresh()`.
 
@@ -92,7 +112,7 @@ class Index:
     """
 
     def __init__(self, shards: Path, files_in: Path | None, reference: str, rounding: float = 0.0) -> None:
-        self.folder, self._files_in, self._reference, self._rounding = shards, files_in, reference, rounding
+        self.folder, self._files_in, self.reference, self._rounding = shards, files_in, reference, rounding
         self.damaged: dict[str, str] = {}  # name of a shard -> why it was not read
         self._reset()
 
@@ -128,15 +148,23 @@ class Index:
     def token_logps(self, found: Found) -> list[np.ndarray]:
         """Token logps, float32 `[count]` each, of entries that all have them."""
         rows = [np.empty(0, np.float32)] * len(found.found)
-        for number in np.unique(found.shard):
-            tokens = shard.read(self._path(self.shards[number].name), self._reference, tokens=True).token_logps
+        order = np.argsort(found.shard, kind="stable")
+        for mine in np.split(order, np.flatnonzero(np.diff(found.shard[order])) + 1) if len(order) else ():
+            name = self.shards[found.shard[mine[0]]].name
+            tokens = shard.read(self._path(name), self.reference, tokens=True).token_logps
             assert tokens is not None, "has_tokens"
-            for i in np.flatnonzero(found.shard == number):
-                rows[i] = tokens[found.position[i]]
+            for i in mine:
+                rows[i] = tokens[found.position[i]].copy()  # a view would keep all of the shard's
         return rows
 
     def refresh(self) -> None:
         """Take in what was written, merged or removed since."""
+        for _ in range(_TRIES):
+            if self._refresh():
+                break
+
+    def _refresh(self) -> bool:
+        """Whether no shard went away between being listed and being read."""
         paths = self.folder.glob(f"*{shard.SUFFIX}") if self.folder.is_dir() else ()
         listed = {path.name.removesuffix(shard.SUFFIX) for path in paths}
         if not {info.name for info in self.shards} <= listed:
@@ -144,12 +172,14 @@ class Index:
         if not self.shards:
             self._load(listed)
         self.damaged = {}  # a shard of the same name may have been written again since
-        self._read(listed)
+        whole = self._read(listed)
         replaced = {name for info in self.shards for name in info.replaces}
         if not replaced.isdisjoint(info.name for info in self.shards):
             self._reset()
-            self._read(listed - replaced)
-        self._save()
+            whole = self._read(listed - replaced)
+        if whole:
+            self._save()
+        return whole
 
     # --- from shards -------------------------------------------------------------------------------------------------
 
@@ -159,17 +189,19 @@ class Index:
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}{shard.SUFFIX}"
 
-    def _read(self, listed: set[str]) -> None:
-        """Add the shards that are not known yet."""
+    def _read(self, listed: set[str]) -> bool:
+        """Add the shards that are not known yet; False if one of them is gone."""
+        whole = True
         runs = [] if self._fresh is None else [self._fresh]
         known = {name for info in self.shards for name in (info.name, *info.replaces)}
         for name in sorted(listed - known):
             try:
-                part = shard.read(self._path(name), self._reference)
+                part = shard.read(self._path(name), self.reference)
             except DamagedShard as error:
                 self.damaged[name] = str(error)
                 continue
-            except FileNotFoundError:  # merged a moment ago; the next refresh sees into what
+            except FileNotFoundError:  # merged a moment ago; the next look sees into what
+                whole = False
                 continue
             number, n = len(self.shards), len(part)
             self.shards.append(ShardInfo(name, n, part.token_logps is not None, part.replaces))
@@ -177,6 +209,7 @@ class Index:
             runs.append(_Run(*halves(part.keys), part.logp, part.counts, np.full(n, number, np.int32), rows))
         if len(runs) > (self._fresh is not None):
             self._fresh = self._against_base(self._sorted(runs))
+        return whole
 
     def _sorted(self, runs: list[_Run]) -> _Run:
         """One run of several. Notes the keys that are in them more than once."""
@@ -192,8 +225,8 @@ class Index:
         again = np.zeros(len(order), np.bool_)
         again[1:] = (run.hi[1:] == run.hi[:-1]) & (run.lo[1:] == run.lo[:-1])
         first = np.maximum.accumulate(np.where(again, 0, np.arange(len(order))))
-        rivals = np.flatnonzero(again & (tokens == tokens[first]))
-        self._note(run, rivals, run, first[rivals])
+        rivals = np.flatnonzero(again)
+        self._note(run, rivals, run, first[rivals], tokens[rivals] == tokens[first[rivals]])
         return run.take(np.flatnonzero(~again))
 
     def _against_base(self, fresh: _Run) -> _Run:
@@ -204,19 +237,17 @@ class Index:
         tokens = np.array([info.has_tokens for info in self.shards])
         known = np.flatnonzero(where >= 0)
         ours, theirs = tokens[fresh.shard[known]], tokens[self._base.shard[where[known]]]
-        rivals = known[ours == theirs]
-        self._note(fresh, rivals, self._base, where[rivals])
+        self._note(fresh, known, self._base, where[known], ours == theirs)
         keep = where < 0
         keep[known[ours & ~theirs]] = True
         return fresh.take(np.flatnonzero(keep))
 
-    def _note(self, a: _Run, rows: np.ndarray, b: _Run, others: np.ndarray) -> None:
-        """Entries `rows` of a have the keys of entries `others` of b."""
-        mine, theirs = a.logp[rows], b.logp[others]
-        near = np.abs(mine - theirs) <= self._rounding * np.maximum(1.0, np.abs(theirs))
-        agree = near & (a.counts[rows] == b.counts[others])
-        self.duplicates |= a.keys(rows[agree])
-        self.conflicts |= a.keys(rows[~agree])
+    def _note(self, a: _Run, rows: np.ndarray, b: _Run, others: np.ndarray, alike: np.ndarray) -> None:
+        """Entries `rows` of a have the keys of entries `others` of b. Not `alike`: only one has token logps."""
+        same = agree(a.logp[rows], a.counts[rows], b.logp[others], b.counts[others], self._rounding)
+        self.duplicates |= a.keys(rows[same & alike])
+        self.conflicts |= a.keys(rows[~same])
+        self.duplicates -= self.conflicts
 
     # --- the file ----------------------------------------------------------------------------------------------------
 
@@ -230,13 +261,13 @@ class Index:
                 sizes[path] = path.stat().st_size
         for path in sorted(sizes, key=lambda path: sizes[path], reverse=True):
             with contextlib.suppress(OSError, KeyError, TypeError, ValueError, pa.ArrowException):
-                buffer = pa.memory_map(str(path)).read_buffer()
-                if hashlib.sha256(buffer).hexdigest() != path.stem:
+                buffer = _whole(path)
+                if buffer is None:
                     continue
                 table = pa.ipc.open_file(buffer).read_all()
                 about = json.loads(table.schema.metadata[_METADATA])
                 shards = [ShardInfo(n, e, t, tuple(r)) for n, e, t, r in about["shards"]]
-                if about["reference"] != self._reference or not {info.name for info in shards} <= listed:
+                if about["reference"] != self.reference or not {info.name for info in shards} <= listed:
                     continue
                 self._base = _Run(*(table[name].chunk(0).to_numpy(zero_copy_only=True) for name in _Run._fields))
                 self.shards = shards
@@ -258,7 +289,7 @@ class Index:
             return
         about = {
             "format": 1,
-            "reference": self._reference,
+            "reference": self.reference,
             "shards": self.shards,
             "conflicts": sorted(key.hex() for key in self.conflicts),
         }

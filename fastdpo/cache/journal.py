@@ -1,18 +1,21 @@
 """Which rows the entries of a shard were computed for, so that `verify` can name them when the shard is unreadable.
 
 Each builder appends to a file of its own, one JSON line a shard, before the shard is there. A line that was cut short
-is skipped. Nothing else reads it: entries are found by what was scored, whatever row that came from.
+is skipped. A second line says that the shard was written, a third that it was taken out of use; one that was written,
+not taken out and is not there has been lost. Nothing else reads it: entries are found by what was scored, whatever row
+that came from.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import uuid
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .rows import PARTS
 
@@ -37,9 +40,20 @@ class Journal:
 
     def add(self, shard: str, origins: Iterable[Origin]) -> None:
         """Record where the entries of a shard come from. On disk once this returns."""
+        self._append([{"shard": shard, **origin._asdict()} for origin in origins])
+
+    def written(self, *shards: str) -> None:
+        """Record that shards are there."""
+        self._append([{"written": shard} for shard in shards])
+
+    def retired(self, *shards: str) -> None:
+        """Record that shards are to be there no more."""
+        self._append([{"retired": shard} for shard in shards])
+
+    def _append(self, lines: list[dict[str, Any]]) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps({"shard": shard, **o._asdict()}, separators=(",", ":")) + "\n" for o in origins)
+            file.writelines(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
             file.flush()
             os.fsync(file.fileno())
 
@@ -47,16 +61,35 @@ class Journal:
 def read(folder: Path) -> dict[str, list[Origin]]:
     """name of a shard -> where its entries come from."""
     found: dict[str, list[Origin]] = defaultdict(list)
-    for path in folder.glob(f"*{SUFFIX}"):
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                about = json.loads(line)
-                origin = Origin(**{k: v for k, v in about.items() if k != "shard"})
-                if origin not in found[about["shard"]]:
-                    found[about["shard"]].append(origin)
-            except (ValueError, TypeError, KeyError, AttributeError):
-                continue
+    for line in _lines(folder):
+        with contextlib.suppress(TypeError, KeyError):
+            found[str(line["shard"])].append(Origin(**{k: v for k, v in line.items() if k != "shard"}))
     return dict(found)
+
+
+def expected(folder: Path) -> set[str]:
+    """Names of shards that were written and not taken out of use."""
+    written: set[str] = set()
+    retired: set[str] = set()
+    for line in _lines(folder):
+        written |= {str(line["written"])} if "written" in line else set()
+        retired |= {str(line["retired"])} if "retired" in line else set()
+    return written - retired
+
+
+def _lines(folder: Path) -> Iterator[dict[str, Any]]:
+    """What all journals of a folder say, each line once: a merge of caches copies them."""
+    seen: set[str] = set()
+    for path in sorted(folder.glob(f"*{SUFFIX}")):
+        with contextlib.suppress(FileNotFoundError):
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                if line in seen:
+                    continue
+                seen.add(line)
+                with contextlib.suppress(ValueError):
+                    about = json.loads(line)
+                    if isinstance(about, dict):
+                        yield about
 
 
 def describe(origins: list[Origin], positions: Iterable[int] | None = None) -> str:

@@ -6,12 +6,14 @@
     DIR/shards/ID/*.rows.jsonl           which rows they were computed for
     DIR/index/ID/SHA256.arrow            what was read from them
 
-One file a name, so that builders of different references never write the same file. Nothing in them is a path that
-would be followed: folders are named by hashes, which are checked.
+One file a name, so that builders of different references never write the same file. Each is under a checksum. The one
+thing in them that is followed is where the tokenizer lies, if none is given; folders are named by hashes.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import re
 from dataclasses import asdict, dataclass, fields, replace
@@ -50,18 +52,62 @@ class Manifest:
 
     def create(self) -> None:
         """Make the folder a cache, unless it is one."""
-        files.write_new(self._file, json.dumps(_FORMAT).encode())
+        if not files.write_new(self._file, json.dumps(_FORMAT).encode()):
+            with contextlib.suppress(CacheError):
+                _load(self._file)
+                return
+            files.write(self._file, json.dumps(_FORMAT).encode())
 
     def check(self) -> None:
         """Raise CacheError for a folder that holds something else, or a later version of this."""
-        found = _load(self._file) if self._file.exists() else _FORMAT
+        if not self._file.exists():
+            return
+        try:
+            found = _load(self._file)
+        except CacheError:
+            if self._names.is_dir():  # cut short; what it says is known, and `create` says it again
+                return
+            raise
         if found != _FORMAT:
             raise CacheError(f"{self._file}: expected {_FORMAT}, got {found}")
+
+    def require(self) -> None:
+        """Raise CacheError unless the folder is a cache."""
+        self.check()
+        folder = self._file.parent
+        if not folder.is_dir():
+            raise CacheError(f"{folder}: no such folder; `build` makes a cache")
+        if not self._file.exists() and not self._names.is_dir():
+            raise CacheError(f"{folder}: not a cache, it has no manifest.json; `build` makes one")
+
+    def wrong(self) -> list[tuple[Path, str]]:
+        """(file, what is wrong with it)"""
+        found = []
+        try:
+            if not self._file.exists() or _load(self._file) != _FORMAT:
+                raise CacheError(f"{self._file}: missing")
+        except CacheError as error:
+            found.append((self._file, str(error).removeprefix(f"{self._file}: ")))
+        for path in sorted(self._names.glob("*.json")):
+            if not _NAME.fullmatch(path.stem):
+                found.append((path, "not the name of a reference; not read"))
+                continue
+            try:
+                self.get(path.stem)
+            except CacheError as error:
+                found.append((path, str(error)))
+        return found
+
+    def readable(self) -> list[NamedReference]:
+        """The references whose files are right."""
+        wrong = {path for path, _ in self.wrong()}
+        return [self.get(path.stem) for path in sorted(self._names.glob("*.json")) if path not in wrong]
 
     def all(self) -> dict[str, NamedReference]:
         """name -> reference, by name."""
         self.check()
-        return {path.stem: self.get(path.stem) for path in sorted(self._names.glob("*.json"))}
+        names = sorted(path.stem for path in self._names.glob("*.json"))
+        return {name: self.get(name) for name in names if _NAME.fullmatch(name)}
 
     def get(self, name: str) -> NamedReference:
         """Raises CacheError for an unknown name, or a file that was tampered with."""
@@ -72,12 +118,14 @@ class Manifest:
         about = _load(path)
         try:
             reference = Reference(**about.pop("reference"))
-            recorded = about.pop("id")
+            recorded, checksum = about.pop("id"), about.pop("sha256")
             named = NamedReference(reference=reference, **about)
         except (KeyError, TypeError, AttributeError) as error:
             raise CacheError(f"{path}: not a reference: {error}") from None
         if named.name != name or reference.id != recorded:
             raise CacheError(f"{path}: damaged: what it says of the reference does not hash to its id {recorded}")
+        if _checksum(named) != checksum:
+            raise CacheError(f"{path}: damaged or edited: what it says does not hash to its sha256 {checksum}")
         return named
 
     def put(self, named: NamedReference, overwrite: bool) -> NamedReference:
@@ -124,7 +172,11 @@ def check_name(name: Any) -> str:
 
 
 def _dump(named: NamedReference) -> bytes:
-    return json.dumps({**asdict(named), "id": named.reference.id}, indent=1).encode()
+    return json.dumps({**asdict(named), "id": named.reference.id, "sha256": _checksum(named)}, indent=1).encode()
+
+
+def _checksum(named: NamedReference) -> str:
+    return hashlib.sha256(json.dumps(asdict(named), sort_keys=True).encode()).hexdigest()
 
 
 def _load(path: Path) -> Any:

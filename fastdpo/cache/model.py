@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from typing import Any
 
 import torch
@@ -49,8 +50,10 @@ class ReferenceModel:
             raise CacheError(f"autocast: expected bfloat16, float16 or None, got {autocast!r}")
         check_number("temperature", temperature, above=0)
         head_options(backend=backend)
-        self.path = model if isinstance(model, str) else None
-        self._model: Any = None if isinstance(model, str) else model
+        named = isinstance(model, (str, os.PathLike))
+        self.path = os.fspath(model) if named else None
+        self._model: Any = None if named else model
+        self._stamp: Any = None  # of the model, as its fingerprint was taken
         self._dtype, self._autocast, self._temperature = dtype, autocast, float(temperature)
         self._device, self._backend = device, backend
         self._hub: dict[str, Any] = {
@@ -61,33 +64,71 @@ class ReferenceModel:
     @property
     def name(self) -> str:
         """Its folder or hub id, as far as it is known."""
-        return self.path or getattr(self._model.config, "_name_or_path", "") or type(self._model).__name__
+        if self.path is not None:
+            return os.path.abspath(self.path) if os.path.isdir(self.path) else self.path
+        return getattr(self._model.config, "_name_or_path", "") or type(self._model).__name__
 
     @functools.cached_property
     def reference(self) -> Reference:
-        """What the keys of its logps are made of."""
+        """What the keys of its logps are made of.
+
+        Raises:
+            CacheError: files that cannot be read.
+        """
         known = None
         if self._model is None:
-            assert self.path is not None
-            known = fingerprint.of_checkpoint(self.path, self._dtype, **self._hub)
+            known = self._read(fingerprint.of_checkpoint, self._dtype)
         if known is None:
-            model = self.loaded
-            known = fingerprint.Checkpoint(fingerprint.of_model(model), model.config, model.dtype)
+            if self._model is None:
+                self._model = self._load()
+            self._stamp = fingerprint.stamp(self._model)
+            known = fingerprint.Checkpoint(fingerprint.of_model(self._model), self._model.config, self._model.dtype)
         softcap, scale = fingerprint.head_transform(known.config)
         dtype = str(known.dtype).removeprefix("torch.")
         return Reference(known.fingerprint, dtype, self._autocast, self._temperature, softcap, scale)
 
-    @functools.cached_property
+    @property
     def loaded(self) -> Any:
-        """The model itself."""
-        if self._model is not None:
-            return self._model
+        """The model itself.
+
+        Raises:
+            CacheError: its files are not those any more that were fingerprinted; or they cannot be read.
+        """
+        expected = self.reference.fingerprint
+        if self._model is None:
+            model = self._load()
+            if fingerprint.of_model(model) != expected:
+                raise CacheError(f"model: {self.path} changed on disk after it was fingerprinted; start again")
+            self._model, self._stamp = model, fingerprint.stamp(model)
+        return self._model
+
+    def check_unchanged(self) -> None:
+        """Raise CacheError if the model is not the one any more that was fingerprinted: trained on, say."""
+        expected, model = self.reference.fingerprint, self.loaded
+        seen = fingerprint.stamp(model)
+        if seen != self._stamp:  # moved, perhaps
+            if fingerprint.of_model(model) != expected:
+                raise CacheError(
+                    f"model: {self.name} changed after it was fingerprinted; what it scores now must not be stored as "
+                    "the reference's. Give the cache a copy, or the folder it came from"
+                )
+            self._stamp = seen
+
+    def _load(self) -> Any:
         from transformers import AutoModelForCausalLM
 
-        load: Any = AutoModelForCausalLM.from_pretrained
-        device = self._device or torch.accelerator.current_accelerator() or "cpu"
         dtype = self._dtype if self._dtype == "auto" else getattr(torch, self._dtype)
-        return load(self.path, dtype=dtype, **self._hub).to(device)
+        return self._read(AutoModelForCausalLM.from_pretrained, dtype=dtype).to(
+            self._device or torch.accelerator.current_accelerator() or "cpu"
+        )
+
+    def _read(self, function: Any, *arguments: Any, **keywords: Any) -> Any:
+        from safetensors import SafetensorError
+
+        try:
+            return function(self.path, *arguments, **keywords, **self._hub)
+        except SafetensorError as error:
+            raise CacheError(f"model: {self.path}: its safetensors are cut short or damaged: {error}") from None
 
     @functools.cached_property
     def scorer(self) -> Scorer:

@@ -19,6 +19,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+from jinja2 import TemplateError
 
 from ..train_data import plain_chat_template, read_pairs
 from .errors import CacheError
@@ -76,12 +77,23 @@ class Preparation:
         return self
 
     def __iter__(self) -> Iterator[Row]:
-        yield self(self._first)
+        yield self.numbered(self._first, "row 0")
 
     def __call__(self, row: Row) -> Row:
         for step in self._steps:
             row = {**row, **step(dict(row))}
         return row
+
+    def numbered(self, row: Row, place: str) -> Row:
+        """The same, with `place` in the error.
+
+        Raises:
+            CacheError: the chat template refuses the row, or a value of it is no text, messages or tokens.
+        """
+        try:
+            return self(row)
+        except (TemplateError, ValueError, TypeError, LookupError, AttributeError) as error:
+            raise CacheError(f"{place}: cannot be made into tokens: {type(error).__name__}: {error}") from error
 
 
 def tokenized(row: Row) -> bool:
@@ -92,6 +104,12 @@ def tokenized(row: Row) -> bool:
 def text_tokenizer(tokenizer: Any) -> Any:
     """The tokenizer itself, of a processor."""
     return getattr(tokenizer, "tokenizer", tokenizer)
+
+
+def origin(tokenizer: Any) -> str:
+    """The folder, absolute, or hub id that a tokenizer came from; "" for none."""
+    name = "" if tokenizer is None else text_tokenizer(tokenizer).name_or_path
+    return os.path.abspath(name) if os.path.isdir(name) else name
 
 
 def sequence(row: Row, part: int, max_length: int | None, truncation_mode: str, prefix: int | None) -> Sequence:

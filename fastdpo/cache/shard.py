@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,10 +46,11 @@ class Shard:
 
 
 def encode(reference: str, shard: Shard) -> tuple[str, bytes]:
-    """(name, bytes of the file) of a shard of the reference with this id; the same entries give the same.
+    """(name, bytes of the file) of a shard of the reference with this id; another name each time, so that what one
+    shard replaces is never another that was written later.
 
     Raises:
-        CacheError: an entry is not finite.
+        CacheError: an entry is not finite; a count or logp that is not that of the token logps.
     """
     if not np.isfinite(shard.logp).all():
         raise CacheError(f"logp: expected finite numbers, got {shard.logp[~np.isfinite(shard.logp)][0]}")
@@ -59,10 +61,13 @@ def encode(reference: str, shard: Shard) -> tuple[str, bytes]:
         "count": pa.array(shard.counts, pa.int32()),
     }
     if shard.token_logps is not None:
+        lengths = np.array([len(row) for row in shard.token_logps], np.int64)
+        if not _sums(shard.logp, shard.counts, lengths, np.concatenate([np.empty(0, np.float32), *shard.token_logps])):
+            raise CacheError("token_logps: expected `counts` of them each, with sums `logp`")
         offsets = np.cumsum([0, *map(len, shard.token_logps)]).astype(np.int32)
         values = np.concatenate([np.empty(0, np.float32), *shard.token_logps]).astype(np.float32)
         columns["token_logps"] = pa.ListArray.from_arrays(offsets, values, type=_SCHEMA["token_logps"])
-    about = {"format": 1, "reference": reference, "replaces": shard.replaces}
+    about = {"format": 1, "reference": reference, "replaces": shard.replaces, "nonce": uuid.uuid4().hex}
     table = pa.table(columns).replace_schema_metadata({_METADATA: json.dumps(about).encode()})
     sink = pa.BufferOutputStream()
     # Keys are random bits and logps nearly so: nothing to compress
@@ -82,7 +87,7 @@ def read(path: Path, reference: str, *, tokens: bool = False) -> Shard:
     Args:
         path: its file.
         reference: id of the reference that it must belong to.
-        tokens: read token_logps too; else they are None if there are none, and empty if there are.
+        tokens: keep token_logps too; else they are None if there are none, and empty if there are.
 
     Raises:
         DamagedShard: the bytes are not those that were written, or are no shard of this reference.
@@ -101,7 +106,7 @@ def read(path: Path, reference: str, *, tokens: bool = False) -> Shard:
         expected = {k: v for k, v in _SCHEMA.items() if k != "token_logps" or has_tokens}
         if schema != expected:
             raise DamagedShard(f"{path}: has columns {schema}, expected {expected}")
-        table = file.read([name for name in schema if tokens or name != "token_logps"]).combine_chunks()
+        table = file.read().combine_chunks()
         shard = Shard(
             _keys(table["key"]),
             table["logp"].to_numpy(),
@@ -113,9 +118,23 @@ def read(path: Path, reference: str, *, tokens: bool = False) -> Shard:
         if isinstance(error, CacheError):
             raise
         raise DamagedShard(f"{path}: not a shard: {error}") from None
+    if has_tokens and not all(
+        _sums(shard.logp, shard.counts, np.diff(chunk.offsets.to_numpy()), chunk.flatten().to_numpy())
+        for chunk in table["token_logps"].chunks
+    ):
+        raise DamagedShard(f"{path}: holds a logp or count that is not that of its token logps")
     if any(table[name].null_count for name in table.column_names) or not np.isfinite(shard.logp).all():
         raise DamagedShard(f"{path}: holds a logp that is missing or not finite")
     return shard
+
+
+def _sums(logp: np.ndarray, counts: np.ndarray, lengths: np.ndarray, values: np.ndarray) -> bool:
+    """Whether entries have `counts` token logps each, and they add up to `logp`; `values`: of all, in a row."""
+    if len(logp) != len(lengths) or not (counts == lengths).all() or not np.isfinite(values).all():
+        return False
+    entry = np.repeat(np.arange(len(lengths)), lengths)
+    sums = np.bincount(entry, weights=values, minlength=len(lengths))
+    return bool((np.abs(sums - logp) <= 1e-9 * np.maximum(1.0, np.abs(logp))).all())
 
 
 def _keys(column: pa.ChunkedArray) -> np.ndarray:

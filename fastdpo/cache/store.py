@@ -4,32 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence as SequenceOf
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from . import columns, rows, upkeep
+from . import claims, columns, garbage, rows, upkeep
+from . import verify as verify_
 from .build import Builder, untouched_random_state
-from .errors import CacheError, DamagedShard, MissingEntry
+from .columns import AS_BUILT
+from .errors import CacheError
 from .index import Index
 from .key import KEY_BYTES
+from .lookup import Entries, look_up
 from .manifest import Manifest, NamedReference, check_name
 from .model import ReferenceModel
 from .options import BuildOptions, BuildReport
 from .rows import MAX_LENGTH, Preparation, Row
-
-AS_BUILT: Any = "as built"
-MODEL_KEYWORDS = {"dtype", "autocast", "temperature", "device", "backend", "revision", "trust_remote_code"}
-
-
-class Entries(NamedTuple):
-    """What n keys hold."""
-
-    logp: np.ndarray  # float64 [n], sums over the counted tokens
-    counts: np.ndarray  # int32 [n], counted tokens
-    token_logps: list[np.ndarray]  # n of float32 [count], where asked for; else empty
 
 
 class ReferenceCache:
@@ -69,6 +60,7 @@ class ReferenceCache:
         Raises:
             CacheError: no such name, or None and not exactly one.
         """
+        self._manifest.require()
         if name is None:
             names = list(self.references)
             if len(names) != 1:
@@ -118,20 +110,28 @@ class ReferenceCache:
                 as `ReferenceModel` takes them.
 
         Raises:
-            CacheError: bad arguments; `name` taken by another reference; rows that cannot be scored, or without a
-                finite logp (all others are scored first).
+            CacheError: bad arguments; `name` taken by another reference; a model that changed after it was
+                fingerprinted, or whose files are damaged; rows that cannot be made into tokens or that the model cannot
+                score; rows without a finite logp (all others are scored first).
+            ValueError: bad `temperature` or `backend`; a .jsonl file that is not one of pairs.
+            OSError: files that cannot be read or written; no such model.
         """
         options = BuildOptions(
             max_length, truncation_mode, prior, token_logps, shard_size, batch_tokens, source, replace_name, progress
         )
         with untouched_random_state():
             first, every = rows.peek(data)
-            builder = self._builder(ReferenceModel(model, **model_keywords), tokenizer, first, name, options)
+            builder = self.builder(ReferenceModel(model, **model_keywords), tokenizer, first, name, options)
             report = builder.run(every)
         self.index(builder.named).refresh()  # whoever reads next finds an index file, if it is worth one
         return report
 
-    def _builder(self, model: ReferenceModel, tokenizer: Any, first: Row, name: str, options: BuildOptions) -> Builder:
+    def builder(self, model: ReferenceModel, tokenizer: Any, first: Row, name: str, options: BuildOptions) -> Builder:
+        """What `build` runs: the arguments checked, the reference named, damage taken out of use.
+
+        Args:
+            first: the first row.
+        """
         options.check()
         check_name(name)
         prefix = None if tokenizer is None else rows.prior_prefix(tokenizer)
@@ -142,7 +142,7 @@ class ReferenceCache:
             name=name,
             reference=model.reference,
             model=model.name,
-            tokenizer=rows.text_tokenizer(tokenizer).name_or_path if tokenizer is not None else "",
+            tokenizer=rows.origin(tokenizer),
             vocabulary=None if tokenizer is None else rows.vocabulary(tokenizer),
             prior_prefix=prefix,
             max_length=options.max_length,
@@ -150,17 +150,17 @@ class ReferenceCache:
             prior=options.prior,
             token_logps=options.token_logps,
         )
-        self._manifest.create()
-        named = self._manifest.put(named, options.replace_name)
-        folder = self.shards(named)
-        index = upkeep.repair(folder, named.reference)
-        return Builder(folder, index, model, named, prepare, options)
+        with claims.at_work(self.path):
+            self._manifest.create()
+            named = self._manifest.put(named, options.replace_name)
+            index = upkeep.repair(self.path, named.reference)
+        return Builder(self.path, index, model, named, prepare, options)
 
     # --- read --------------------------------------------------------------------------------------------------------
 
     def shards(self, named: NamedReference) -> Path:
         """The folder of a reference's shards."""
-        return self.path / "shards" / named.reference.id
+        return upkeep.shards_of(self.path, named.reference)
 
     def index(self, named: NamedReference) -> Index:
         """Its entries, as far as they were there when it was last refreshed."""
@@ -194,19 +194,7 @@ class ReferenceCache:
         if keys.dtype != np.uint8 or keys.ndim != 2 or keys.shape[1] != KEY_BYTES:
             raise CacheError(f"keys: expected uint8 [n, {KEY_BYTES}], got {keys.dtype} {list(keys.shape)}")
         named = reference if isinstance(reference, NamedReference) else self.reference(reference)
-        index = self.index(named)
-        for last_try in (False, True):
-            found = index.find(keys)
-            there = index.has_tokens(found) if token_logps else found.found
-            if there.all():
-                try:
-                    return Entries(found.logp, found.counts, index.token_logps(found) if token_logps else [])
-                except (FileNotFoundError, DamagedShard):  # merged meanwhile, or damaged since
-                    if last_try:
-                        raise
-            if not last_try:
-                index.refresh()
-        raise _missing(self, named.name, index, np.flatnonzero(~there), len(keys), places, token_logps)
+        return look_up(self.index(named), lambda: (self.path, self.reference(named.name)), keys, places, token_logps)
 
     def attach(
         self,
@@ -240,62 +228,62 @@ class ReferenceCache:
 
         Raises:
             MissingEntry: a row that is not in the cache. For an iterable data set, when it is read.
-            CacheError: bad arguments.
+            CacheError: bad arguments; what `build` raises.
+
+        Warns:
+            UserWarning: how many completions have no token left within max_length, so a logp of 0.
         """
-        if on_miss not in ("raise", "compute"):
-            raise CacheError(f"on_miss: expected 'raise' or 'compute', got {on_miss!r}")
-        compute = on_miss == "compute"
-        if compute != (model is not None):
-            raise CacheError(f"model: expected {'one' if compute else 'none'} with on_miss={on_miss!r}")
-        if build_keywords and not compute:
-            raise CacheError(f"{next(iter(build_keywords))}: not a keyword of attach with on_miss='raise'")
         first, every = rows.peek(dataset)
-        if compute and tokenizer is None and not rows.tokenized(first):
-            raise CacheError("tokenizer: expected the reference's with on_miss='compute'")
-        known = self.references
-        new = compute and (reference not in known if reference else not known)
-        built: Any = BuildOptions() if new else self.reference(reference)
-        max_length = built.max_length if max_length is AS_BUILT else max_length
-        truncation_mode = built.truncation_mode if truncation_mode is AS_BUILT else truncation_mode
-        rows.check_truncation(max_length, truncation_mode)
-        builder = None
-        if compute:
-            model_keywords = {k: build_keywords.pop(k) for k in MODEL_KEYWORDS & set(build_keywords)}
-            tokens_too = token_logps or ld_alpha is not None
-            options = BuildOptions(max_length, truncation_mode, prior, tokens_too, **build_keywords)
-            name = reference or ("reference" if new else built.name)
-            with untouched_random_state():
-                builder = self._builder(ReferenceModel(model, **model_keywords), tokenizer, first, name, options)
-            named = builder.named
-        else:
-            named = replace(built, max_length=max_length, truncation_mode=truncation_mode)
-        if prior and named.prior_prefix is None:
-            raise CacheError(f"prior: reference {named.name!r} was built without a tokenizer, so without priors")
+        asked = columns.Asked(tokenizer, max_length, truncation_mode, prior, token_logps, ld_alpha, on_miss, model)
+        named, builder = columns.resolve(self, reference, first, asked, build_keywords)
         prepare = columns.preparation(named, first, tokenizer)
         parts = BuildOptions(prior=prior).parts
-        return columns.add(every, columns.Columns(self, named, prepare, parts, ld_alpha, token_logps, builder))
+        found = columns.Columns(self, named, prepare, parts, ld_alpha, token_logps, builder)
+        return columns.add(dataset, every, found)
 
     # --- keep --------------------------------------------------------------------------------------------------------
 
-    def info(self) -> list[upkeep.About]:
-        """How much each reference holds."""
-        return [upkeep.about(named, self.shards(named)) for named in self.references.values()]
+    def info(self) -> list[verify_.About]:
+        """How much each reference holds.
 
-    def verify(self) -> list[upkeep.Finding]:
-        """Read every byte; what is wrong, and which rows it concerns. `build` computes those again. Changes nothing."""
-        return upkeep.verify(self.path, self._manifest)
+        Raises:
+            CacheError: the folder is no cache.
+        """
+        self._manifest.require()
+        return [
+            verify_.about(named, verify_.read(self.shards(named), named.reference))
+            for named in self.references.values()
+        ]
+
+    def verify(self) -> list[verify_.Finding]:
+        """Read every byte; what is wrong, and which rows it concerns. `build` computes those again. Changes nothing.
+
+        Raises:
+            CacheError: the folder is no cache.
+        """
+        return self.examine()[0]
+
+    def examine(self) -> tuple[list[verify_.Finding], list[verify_.About]]:
+        """`verify` and `info` of one reading."""
+        self._manifest.require()
+        return verify_.verify(self.path, self._manifest)
 
     def merge(self, others: SequenceOf[str | os.PathLike[str]] = ()) -> upkeep.Merged:
-        """Take in other caches, and put small shards together. May run while others build or read.
+        """Take in other caches, and put small shards together. May run while others build, merge or read.
 
         Args:
             others: folders of caches, which stay as they are.
 
         Raises:
-            CacheError: a name that stands for another reference there.
+            CacheError: a folder that is no cache; a name that stands for another reference there; entries that
+                disagree: which of them are right is not known here.
         """
-        taken = [upkeep.take_in(self.path, self._manifest, ReferenceCache(other).path) for other in others]
-        merged = [upkeep.compact(self.shards(named), named.reference) for named in self.references.values()]
+        caches = [ReferenceCache(other) for other in others]
+        for cache in [*caches, *([] if others else [self])]:
+            cache._manifest.require()
+        with claims.at_work(self.path):
+            taken = [upkeep.take_in(self.path, self._manifest, cache.path) for cache in caches]
+            merged = [upkeep.compact(self.path, named.reference) for named in self.references.values()]
         return upkeep.Merged(sum(taken), sum(before for before, _ in merged), sum(after for _, after in merged))
 
     def gc(self, drop: SequenceOf[str] = (), *, dry_run: bool = False) -> list[Path]:
@@ -310,38 +298,22 @@ class ReferenceCache:
             The files that are gone.
 
         Raises:
-            CacheError: someone is building; an unknown name.
+            CacheError: someone is building or merging; an unknown name; the folder is no cache.
         """
+        self._manifest.require()
+        if dry_run:
+            claims.refuse_while_building(self.path)
+            return self._garbage(drop)
+        with claims.collecting(self.path):
+            gone = self._garbage(drop)
+            for name in drop:
+                self._manifest.drop(name)
+            garbage.remove(self.path, gone)
+        self._indexes.clear()
+        return gone
+
+    def _garbage(self, drop: SequenceOf[str]) -> list[Path]:
         named = self.references
         for name in drop:
             self._manifest.get(name)
-        keep = {named[name].reference.id for name in named if name not in drop}
-        gone = upkeep.garbage(self.path, keep)
-        if not dry_run:
-            for name in drop:
-                self._manifest.drop(name)
-            upkeep.remove(self.path, gone)
-            self._indexes.clear()
-        return gone
-
-
-def _missing(
-    cache: ReferenceCache,
-    name: str,
-    index: Index,
-    gone: np.ndarray,
-    asked: int,
-    places: SequenceOf[str] | None,
-    token_logps: bool,
-) -> MissingEntry:
-    """The error for entries `gone` of those asked for."""
-    names = ", ".join(str(i) if places is None else places[i] for i in gone[:20])
-    more = f" and {len(gone) - 20} more" if len(gone) > 20 else ""
-    built = cache.reference(name)
-    damage = f"; {len(index.damaged)} of its shards are damaged" if index.damaged else ""
-    damage += f"; {len(index.conflicts)} of its entries disagree" if index.conflicts else ""
-    return MissingEntry(
-        f"{names}{more} of {asked}: not in reference {name!r} of {cache.path}{' with token logps' * token_logps}, "
-        f"which was last built with max_length {built.max_length}, {built.truncation_mode}, tokenizer "
-        f"{built.tokenizer or 'none'}{damage}. Build with this data and these settings first"
-    )
+        return garbage.find(self.path, {named[name].reference.id for name in named if name not in drop})

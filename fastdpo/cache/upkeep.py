@@ -1,53 +1,30 @@
-"""What keeps a cache folder right and small: verify, repair, merge, gc. Each says what it may do while others build.
+"""What keeps a cache folder right and small: repair and merge. Both may run while others build and read.
 
 A shard that takes the place of others names them (`replaces`). It counts from the moment it is there, they no more
-from then on: a merge or repair that is cut short, or done twice at once, loses and doubles nothing.
+from then on: a merge or repair that is cut short loses and doubles nothing. One at a time is at the shards of a
+reference; should a claim be lost and two be, an entry may be gone, and is scored again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import re
-import time
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from . import claims, files, index, journal, shard
-from .errors import CacheError
+from .errors import CacheError, DamagedShard
 from .index import Index
 from .key import Reference
-from .manifest import Manifest, NamedReference
+from .manifest import Manifest
+from .verify import DAMAGED, lost, positions, read
 
-DAMAGED = ".damaged"  # suffix that takes a shard out of use
-_ID = re.compile("[0-9a-f]{32}")
 _MERGED_ENTRIES, _MERGED_BYTES = 1 << 17, 1 << 28  # of a merged shard, at most
-_ABANDONED = 3600.0  # seconds after which an unfinished file is left over
-
-
-class Finding(NamedTuple):
-    """Something wrong."""
-
-    where: str  # file, below the cache's folder
-    what: str
-    rows: str  # whom it concerns
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.what}; concerns {self.rows}" if self.rows else f"{self.where}: {self.what}"
-
-
-class About(NamedTuple):
-    """What one reference holds."""
-
-    named: NamedReference
-    entries: int
-    with_tokens: int  # entries that have token logps
-    shards: int
-    size: int  # bytes
-    damaged: int  # shards
+_SHOWN = 20  # rows in an error
 
 
 class Merged(NamedTuple):
@@ -58,126 +35,152 @@ class Merged(NamedTuple):
     after: int
 
 
-def about(named: NamedReference, folder: Path) -> About:
-    """Count what a folder of shards holds."""
-    entries = _read(folder, named.reference)
-    sizes = 0
-    for path in folder.glob(f"*{shard.SUFFIX}"):
-        with contextlib.suppress(OSError):
-            sizes += path.stat().st_size
-    tokens = sum(info.entries for info in entries.shards if info.has_tokens)
-    return About(named, len(entries), tokens, len(entries.shards), sizes, len(entries.damaged))
+def shards_of(root: Path, reference: Reference) -> Path:
+    """The folder of a reference's shards."""
+    return root / "shards" / reference.id
 
 
-# --- verify ----------------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def _alone(root: Path, reference: Reference) -> Iterator[None]:
+    """Nobody else repairs or merges the shards of a reference meanwhile."""
+    with claims.Claims(root / claims.FOLDER / reference.id) as mine:
+        mine.wait("upkeep")
+        yield
 
 
-def verify(root: Path, manifest: Manifest) -> list[Finding]:
-    """Read every shard of every reference below `root`; changes nothing."""
-    findings = []
-    manifest.check()
-    named: dict[str, Reference] = {}
-    for path in sorted((root / "references").glob("*.json")):
-        try:
-            reference = manifest.get(path.stem).reference
-            named[reference.id] = reference
-        except CacheError as error:
-            findings.append(Finding(str(path.relative_to(root)), str(error), ""))
-    for folder in sorted(path for path in (root / "shards").glob("*") if path.is_dir()):
-        found, origins = _read(folder, named.get(folder.name, folder.name)), journal.read(folder)
-        for name, why in sorted(found.damaged.items()):
-            rows = journal.describe(origins.get(name, []))
-            findings.append(Finding(_where(root, folder, name), why.partition(": ")[2], rows))
-        for what, keys in (("duplicate", found.duplicates), ("disagreeing", found.conflicts)):
-            for info in found.shards if keys else ():
-                shard_keys = shard.read(folder / f"{info.name}{shard.SUFFIX}", folder.name).keys
-                at = [i for i, key in enumerate(shard_keys) if key.tobytes() in keys]
-                if at:
-                    rows = journal.describe(origins.get(info.name, []), at)
-                    text = f"{len(at)} {what} entries: another shard holds them too"
-                    findings.append(Finding(_where(root, folder, info.name), text, rows))
-    return findings
-
-
-def _where(root: Path, folder: Path, name: str) -> str:
-    return str((folder / f"{name}{shard.SUFFIX}").relative_to(root))
-
-
-def _read(folder: Path, reference: Reference | str) -> Index:
-    """The shards themselves, every byte of them. Of a reference without a name, only the id is known."""
-    known = (reference, 0.0) if isinstance(reference, str) else (reference.id, reference.rounding)
-    found = Index(folder, None, *known)
-    found.refresh()
-    return found
-
-
-# --- repair, merge ---------------------------------------------------------------------------------------------------
-
-
-def repair(folder: Path, reference: Reference) -> Index:
+def repair(root: Path, reference: Reference) -> Index:
     """Take damaged shards and disagreeing or doubled entries out of use, so that a build computes what is missing.
 
-    Returns an index of what is left, read from the shards. May run while others build.
+    Returns an index of what is left, read from the shards.
     """
-    found = _read(folder, reference)
-    for name in found.damaged:
-        path = folder / f"{name}{shard.SUFFIX}"
+    for path in (root / "index" / reference.id).glob(f"*{index.SUFFIX}"):
         with contextlib.suppress(FileNotFoundError):
-            os.replace(path, path.with_name(path.name + DAMAGED))
-    if found.conflicts or found.duplicates:
-        sources = journal.read(folder)
-        for number in range(len(found.shards)):
-            _rewrite(found, [number], reference.id, sources)
-        found = _read(folder, reference)
-    return found
+            if not index.is_whole(path):
+                path.unlink()
+    found = read(shards_of(root, reference), reference)
+    if not (found.damaged or found.conflicts or found.duplicates or lost(found)):
+        return found
+    with _alone(root, reference):
+        found = read(found.folder, reference)  # another may have done it
+        for name in found.damaged:
+            _discard(found, name)
+        sources = journal.read(found.folder)
+        for number in range(len(found.shards) if found.conflicts or found.duplicates else 0):
+            _rewrite(found, [number], sources)
+        gone = lost(found)
+        if gone:
+            journal.Journal(found.folder).retired(*sorted(gone))
+        return read(found.folder, reference)
+
+
+def _discard(found: Index, name: str) -> None:
+    """Take a shard out of use that still cannot be read."""
+    path = found.folder / f"{name}{shard.SUFFIX}"
+    try:
+        shard.read(path, found.reference)
+    except DamagedShard:
+        _rename(path)
+    except FileNotFoundError:
+        pass
+
+
+def _rename(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(path, path.with_name(path.name + DAMAGED))
 
 
 def take_in(root: Path, manifest: Manifest, other: Path) -> int:
-    """Copy the references and shards of another cache; returns how many shards were new. May run while others build."""
+    """Copy the references and shards of another cache; returns how many shards were new.
+
+    Raises:
+        CacheError: damage there; entries that disagree. Nothing of a reference is copied then.
+    """
     taken = 0
-    theirs = Manifest(other)
-    for named in theirs.all().values():
+    for named in Manifest(other).all().values():
+        source, target = (shards_of(path, named.reference) for path in (other, root))
+        theirs, ours = (read(folder, named.reference) for folder in (source, target))
+        if theirs.damaged:
+            raise CacheError(f"{other}: {len(theirs.damaged)} damaged shards; build or verify it first")
+        for found in (theirs, ours):
+            _refuse_conflicts(found)
+        _refuse_disagreement(theirs, ours, named.reference.rounding)
         manifest.create()
         manifest.put(named, overwrite=False)
-        source, target = (path / "shards" / named.reference.id for path in (other, root))
-        found = _read(source, named.reference)
-        if found.damaged:
-            raise CacheError(f"{other}: {len(found.damaged)} damaged shards; build or verify it first")
-        for path in source.glob(f"*{journal.SUFFIX}"):
-            files.write(target / path.name, path.read_bytes())
-        for info in found.shards:
+        for info in theirs.shards:
             name = f"{info.name}{shard.SUFFIX}"
             if not (target / name).exists():
                 files.write(target / name, (source / name).read_bytes())
                 taken += 1
+        for path in source.glob(f"*{journal.SUFFIX}"):
+            copy = target / path.name
+            if not copy.exists() or copy.stat().st_size < path.stat().st_size:
+                files.write(copy, path.read_bytes())
     return taken
 
 
-def compact(folder: Path, reference: Reference) -> tuple[int, int]:
-    """Put small shards together, each entry once; returns how many there were and are. May run while others build."""
-    found = _read(folder, reference)
-    before = len(found.shards)
-    groups: dict[bool, list[list[int]]] = defaultdict(lambda: [[]])
-    sizes: dict[bool, np.ndarray] = defaultdict(lambda: np.zeros(2, np.int64))
-    for number, info in enumerate(found.shards):
-        size = np.array([info.entries, (folder / f"{info.name}{shard.SUFFIX}").stat().st_size])
-        if (sizes[info.has_tokens] + size > (_MERGED_ENTRIES, _MERGED_BYTES)).any():
-            groups[info.has_tokens].append([])
-            sizes[info.has_tokens] = np.zeros(2, np.int64)
-        sizes[info.has_tokens] += size
-        groups[info.has_tokens][-1].append(number)
-    sources = journal.read(folder)
-    for group in (group for of_kind in groups.values() for group in of_kind):
-        _rewrite(found, group, reference.id, sources)
-    return before, len(_read(folder, reference).shards)
+def compact(root: Path, reference: Reference) -> tuple[int, int]:
+    """Put small shards together, each entry once; returns how many there were and are.
+
+    Raises:
+        CacheError: entries that disagree. Nothing is changed then.
+    """
+    with _alone(root, reference):
+        found = read(shards_of(root, reference), reference)
+        _refuse_conflicts(found)
+        groups: dict[bool, list[list[int]]] = defaultdict(lambda: [[]])
+        sizes: dict[bool, np.ndarray] = defaultdict(lambda: np.zeros(2, np.int64))
+        for number, info in enumerate(found.shards):
+            size = np.array([info.entries, (found.folder / f"{info.name}{shard.SUFFIX}").stat().st_size])
+            if (sizes[info.has_tokens] + size > (_MERGED_ENTRIES, _MERGED_BYTES)).any():
+                groups[info.has_tokens].append([])
+                sizes[info.has_tokens] = np.zeros(2, np.int64)
+            sizes[info.has_tokens] += size
+            groups[info.has_tokens][-1].append(number)
+        sources = journal.read(found.folder)
+        for group in (group for of_kind in groups.values() for group in of_kind):
+            _rewrite(found, group, sources)
+        return len(found.shards), len(read(found.folder, reference).shards)
 
 
-def _rewrite(found: Index, numbers: list[int], reference: str, sources: dict[str, list[journal.Origin]]) -> None:
+def _refuse_conflicts(found: Index) -> None:
+    """Raise CacheError, with the rows, if entries of a folder disagree: dropping them would lose the right ones too."""
+    if not found.conflicts:
+        return
+    sources = journal.read(found.folder)
+    rows = [
+        journal.describe(sources.get(info.name, []), at[:_SHOWN])
+        for info in found.shards
+        if (at := positions(found, info.name, found.conflicts))
+    ]
+    raise CacheError(
+        f"{found.folder}: {len(found.conflicts)} entries disagree and are not merged ({'; '.join(rows)}); "
+        "`fastdpo cache build` with that data computes them again"
+    )
+
+
+def _refuse_disagreement(theirs: Index, ours: Index, rounding: float) -> None:
+    """Raise CacheError, with the rows, if two folders hold another logp for the same."""
+    for info in theirs.shards:
+        part = shard.read(theirs.folder / f"{info.name}{shard.SUFFIX}", theirs.reference)
+        at = ours.find(part.keys)
+        wrong = np.flatnonzero(at.found & ~index.agree(part.logp, part.counts, at.logp, at.counts, rounding))
+        if len(wrong):
+            rows = journal.describe(journal.read(theirs.folder).get(info.name, []), wrong[:_SHOWN].tolist())
+            raise CacheError(
+                f"{theirs.folder}: {len(wrong)} entries of {info.name}{shard.SUFFIX} disagree with those of "
+                f"{ours.folder} by more than rounding ({rows}); nothing was taken in. Drop the worse of the two caches"
+            )
+
+
+def _rewrite(found: Index, numbers: list[int], sources: dict[str, list[journal.Origin]]) -> None:
     """One shard in place of some, with the entries that are not found elsewhere and that nothing disagrees with."""
     folder, names = found.folder, [found.shards[number].name for number in numbers]
     parts, origins, kept, whole = [], [], 0, True
     for number, name in zip(numbers, names, strict=True):
-        part = shard.read(folder / f"{name}{shard.SUFFIX}", reference, tokens=True)
+        try:
+            part = shard.read(folder / f"{name}{shard.SUFFIX}", found.reference, tokens=True)
+        except FileNotFoundError:  # another has rewritten it, after all
+            return
         at = found.find(part.keys)
         mine = np.flatnonzero(at.found & (at.shard == number) & (at.position == np.arange(len(part))))
         whole = whole and len(mine) == len(part)
@@ -189,6 +192,10 @@ def _rewrite(found: Index, numbers: list[int], reference: str, sources: dict[str
         return
     # What these replaced may still lie there
     before = {old for part in parts for old in part.replaces if (folder / f"{old}{shard.SUFFIX}").exists()}
+    if not kept:
+        for old in sorted({*names, *before}):
+            _rename(folder / f"{old}{shard.SUFFIX}")
+        return
     merged = shard.Shard(
         np.concatenate([part.keys for part in parts]),
         np.concatenate([part.logp for part in parts]),
@@ -196,9 +203,12 @@ def _rewrite(found: Index, numbers: list[int], reference: str, sources: dict[str
         None if parts[0].token_logps is None else [row for part in parts for row in part.token_logps or []],
         tuple(sorted({*names, *before})),
     )
-    name, data = shard.encode(reference, merged)
-    journal.Journal(folder).add(name, origins)
+    name, data = shard.encode(found.reference, merged)
+    rows = journal.Journal(folder)
+    rows.add(name, origins)
     shard.save(folder, name, data)
+    rows.written(name)
+    rows.retired(*merged.replaces)
     for old in merged.replaces:
         (folder / f"{old}{shard.SUFFIX}").unlink(missing_ok=True)
 
@@ -217,54 +227,3 @@ def _moved(origins: list[journal.Origin], kept: np.ndarray, first: int) -> list[
             else:
                 moved.append(journal.Origin(int(first + at), origin.source, [row], [part]))
     return moved
-
-
-# --- gc --------------------------------------------------------------------------------------------------------------
-
-
-def garbage(root: Path, keep: set[str]) -> list[Path]:
-    """Files that nothing uses, if only the references with these ids are kept.
-
-    Raises:
-        CacheError: someone is building.
-    """
-    folders = [path for path in (root / "shards").glob("*") if path.is_dir() and _ID.fullmatch(path.name)]
-    building = [claim for folder in folders for claim in claims.live(folder)]
-    if building:
-        raise CacheError(f"{building[0]}: someone is building; collect garbage when they are done")
-    gone = []
-    for folder in folders:
-        there = list(folder.iterdir())
-        if folder.name not in keep:
-            gone += there
-            continue
-        found = _read(folder, folder.name)
-        used = {f"{info.name}{shard.SUFFIX}" for info in found.shards}
-        named_rows = {path.name for path in there if path.name.endswith(journal.SUFFIX)}
-        damaged = {f"{name}{shard.SUFFIX}" for name in found.damaged}  # for `build` to take out of use
-        gone += [path for path in there if path.name not in used | named_rows | damaged]
-    for folder in (root / "index").glob("*"):
-        files_there = sorted(folder.glob(f"*{index.SUFFIX}"), key=lambda path: path.stat().st_size)
-        gone += files_there[:-1] if folder.name in keep else files_there
-        unfinished = folder.glob(f".*{files.TEMPORARY}")
-        gone += [path for path in unfinished if time.time() - path.stat().st_mtime > _ABANDONED]
-    return gone
-
-
-def remove(root: Path, gone: list[Path]) -> None:
-    """Delete files, and the folders that are empty then; and the rows of shards that are no more."""
-    for path in gone:
-        path.unlink(missing_ok=True)
-    for kind in ("shards", "index"):
-        for folder in (root / kind).glob("*"):
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-    for folder in (root / "shards").glob("*"):
-        there = {path.name.removesuffix(shard.SUFFIX) for path in folder.glob(f"*{shard.SUFFIX}")}
-        old = list(folder.glob(f"*{journal.SUFFIX}"))
-        kept = {name: origins for name, origins in journal.read(folder).items() if name in there}
-        fresh = journal.Journal(folder)
-        for name, origins in kept.items():
-            fresh.add(name, origins)
-        for path in old:
-            path.unlink(missing_ok=True)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 import inspect
 import os
-from typing import Any
+import warnings
+from typing import Any, cast
 from unittest import mock
 
 from trl import DPOConfig, DPOTrainer
 from trl.trainer import dpo_trainer
 from trl.trainer.utils import get_config_model_id
 
-from ..cache import CacheError, NamedReference, ReferenceCache
+from ..cache import CacheError, NamedReference, ReferenceCache, record
 from ..cache.columns import CHOSEN, REJECTED, speaks
 
 
@@ -43,6 +44,8 @@ class CachedReferenceTrainer(DPOTrainer):
         if reference_cache is None:
             if reference is not None:
                 raise CacheError(f"reference: {reference!r} without a reference_cache")
+            passed = inspect.signature(DPOTrainer.__init__).bind_partial(self, *args, **keywords).arguments
+            self._given_reference = passed.get("ref_model") is not None
             super().__init__(*args, **keywords)
             return
         given = inspect.signature(DPOTrainer.__init__).bind(self, *args, **keywords).arguments
@@ -77,6 +80,8 @@ class CachedReferenceTrainer(DPOTrainer):
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         if {CHOSEN, REJECTED} <= set(next(iter(dataset), {})):
+            if self._cache is None:
+                _check_columns(dataset, name, cast(DPOConfig, self.args), self._given_reference)
             return dataset
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
@@ -100,6 +105,34 @@ def _default_config(model: Any) -> DPOConfig:
     return DPOConfig(f"{name.split('/')[-1]}-DPO")
 
 
+def _check_columns(dataset: Any, name: str, config: DPOConfig, given_reference: bool) -> None:
+    """Raise CacheError for columns that were made otherwise than this trainer would make them."""
+    if given_reference:
+        raise CacheError(f"ref_model: expected None, as the {name} data has {CHOSEN} and {REJECTED}")
+    wanted = {
+        "temperature": 1.0,
+        "max_length": config.max_length,
+        "truncation_mode": config.truncation_mode,
+        "ld_alpha": config.ld_alpha,
+    }
+    found = record.read(dataset)
+    if not found:
+        warnings.warn(
+            f"{name} data: {CHOSEN} and {REJECTED} are taken as they are; nothing says which reference, max_length and "
+            "truncation_mode they were made with (ReferenceCache.attach to a Dataset records it)",
+            stacklevel=2,
+        )
+    for made in found:
+        for key, value in wanted.items():
+            if getattr(made, key) != value:
+                raise CacheError(
+                    f"{key}: the {name} data's {CHOSEN} were made with {getattr(made, key)!r}, the trainer has "
+                    f"{value!r}; attach them again"
+                )
+    if len({made.reference for made in found}) > 1:
+        raise CacheError(f"{name} data: its {CHOSEN} are of {len(found)} references, expected one")
+
+
 def _check(named: NamedReference, config: DPOConfig, given: dict[str, Any]) -> None:
     """Raise CacheError for what would be ignored, or scored otherwise than the cache was."""
     if given.get("ref_model") is not None:
@@ -109,6 +142,10 @@ def _check(named: NamedReference, config: DPOConfig, given: dict[str, Any]) -> N
     if config.ld_alpha is not None and not named.token_logps:
         raise CacheError(
             f"ld_alpha: needs the token logps of the reference; {named.name!r} was built without (token_logps=True)"
+        )
+    if named.reference.temperature != 1:
+        raise CacheError(
+            f"reference: {named.name!r} was scored at temperature {named.reference.temperature:g}; DPO needs 1"
         )
     collator = given.get("data_collator")
     cut = (config.max_length, config.truncation_mode)
