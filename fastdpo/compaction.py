@@ -41,7 +41,7 @@ class Compact(NamedTuple):
 
 
 class Sparse(NamedTuple):
-    """The same of a backend that streams: of P only the entries worth their memory, an eighth on real text."""
+    """The same of a backend that streams: of P only the entries worth their memory, a fifth on real text."""
 
     columns: Tensor  # int32 [k], ascending
     starts: Tensor  # int32 [k + 1]: column c has entries starts[c] .. starts[c + 1] - 1

@@ -12,14 +12,12 @@ from .batch import IGNORE_INDEX, Layout, Reference, constant, make_layout, refer
 from .head import TokenLogps, linear_token_logps, token_logps
 from .inputs import check_flag, check_tensor
 from .losses import LOSSES, LossOptions
-from .losses.table import SideFunction, find_loss, loss_name
-from .options import INFINITY, check_number, check_within
+from .losses.table import SideFunction, did_you_mean, find_loss, loss_name
+from .options import INFINITY, HeadKeywords, check_number, check_within
 from .sequences import lengths, reference_sums, sequence_sums
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-    from .options import HeadKeywords
 
 
 class UnpairedOutput(NamedTuple):
@@ -120,6 +118,13 @@ def linear_unpaired_loss(
 
     The other arguments and errors: `unpaired_loss` and `linear_token_logps`, which takes `head`.
     """
+    for name in head:
+        if name not in HeadKeywords.__annotations__:
+            known = sorted({*HeadKeywords.__annotations__, *(linear_unpaired_loss.__kwdefaults__ or {})})
+            raise TypeError(
+                f"{name}: not a keyword of linear_unpaired_loss{did_you_mean(name, known)}; "
+                f"expected some of {', '.join(known)}"
+            )
     options = _options(loss_type, beta, kl, desirable_weight, undesirable_weight, length_normalize)
     layout, ref = _layout(labels, desirable, ref_logps, cu_seqlens, ignore_index, shift)
     tokens = linear_token_logps(
@@ -134,7 +139,13 @@ def kto_kl(logps: Tensor, ref_logps: Tensor) -> Tensor:
     Args:
         logps, ref_logps: `[M]` sequence logps of the policy and of the reference, of completions that belong to other
             prompts of the batch (arXiv 2402.01306; TRL shifts the completions of the batch by one).
+
+    Raises:
+        ValueError: no completion, or shapes that disagree.
     """
+    if logps.dim() != 1 or not len(logps) or ref_logps.shape != logps.shape:
+        shapes = f"{list(logps.shape)} and {list(ref_logps.shape)}"
+        raise ValueError(f"logps, ref_logps: expected [M] and [M], M at least 1, got {shapes}")
     return (logps - ref_logps).mean().clamp(min=0).detach()
 
 

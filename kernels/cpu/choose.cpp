@@ -14,9 +14,9 @@ namespace fastdpo {
 namespace {
 
 constexpr double kDense = 0.25;  // of V: keeping more would cost more than it saves
-// Of grad_tol: entries up to it are not kept. On real text the first takes a tenth of what may be dropped; where a token's
-// softmax is flat, more, and every such entry costs a column that could have been dropped.
-constexpr double kFloors[] = {0x1p-13, 0x1p-16, 0x1p-19, 0};
+// Of grad_tol: entries up to it are not kept. On real text the first takes a twentieth of what may be dropped; where a
+// token's softmax is flat, more, and every such entry costs a column that could have been dropped.
+constexpr double kFloors[] = {0x1p-15, 0x1p-19, 0};
 
 // Candidates j of all chunks are numbered through; chunk c has start[c] .. start[c+1]-1
 std::vector<int64_t> starts(const std::vector<Chunk>& chunks) {

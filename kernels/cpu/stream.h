@@ -22,8 +22,8 @@ struct StreamInputs {
   Transform transform;
 };
 
-// What a tile keeps (fastdpo/compaction.py): of P = p[:, columns] only the entries that are worth their memory, an
-// eighth of it on real text. Not defined: the softmax was not sparse enough, the tile is to be handled as dense.
+// What a tile keeps (fastdpo/compaction.py): of P = p[:, columns] only the entries that are worth their memory, a
+// fifth of it on real text. Not defined: the softmax was not sparse enough, the tile is to be handled as dense.
 struct Sparse {
   at::Tensor columns;  // int32 [k] ascending, every target among them
   at::Tensor starts;  // int32 [k + 1] entries of column c: starts[c] .. starts[c+1]-1
