@@ -4,6 +4,7 @@ from . import ops as _ops  # noqa: F401  registers torch.ops.fastdpo
 from .head import LinearTokenLogpsFunction, TokenLogps, TokenLogpsFunction, linear_token_logps, token_logps
 from .metrics import preference_metrics
 from .pair_kernel import DPOFunction
+from .parallel import SequenceParallel, VocabParallel
 from .preference import DPOLoss, LinearDPOLoss, PreferenceOutput, dpo_loss, linear_dpo_loss
 from .schedule import BetaSchedule
 from .sequences import sequence_logps
@@ -17,9 +18,11 @@ __all__ = [
     "LinearDPOLoss",
     "LinearTokenLogpsFunction",
     "PreferenceOutput",
+    "SequenceParallel",
     "TokenLogps",
     "TokenLogpsFunction",
     "UnpairedOutput",
+    "VocabParallel",
     "dpo_loss",
     "kto_kl",
     "linear_dpo_loss",

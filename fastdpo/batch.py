@@ -10,12 +10,15 @@ The checks that look at values are inside torch ops (below), so that torch.compi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .inputs import check_flag, check_tensor, result_dtype
+
+if TYPE_CHECKING:
+    from .parallel import SequenceParallel
 
 IGNORE_INDEX = -100
 IGNORED = -1  # what kernels read in place of ignore_index
@@ -29,6 +32,7 @@ class Layout(NamedTuple):
     ignore_index: int
     packed: bool
     shifted: bool  # by make_layout
+    sequence_parallel: SequenceParallel | None = None  # this rank holds a part of each sequence
 
     @property
     def sequences(self) -> int:
@@ -47,19 +51,26 @@ class Layout(NamedTuple):
 
 
 def make_layout(
-    labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int = IGNORE_INDEX, shift: bool = False, pairs: bool = True
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    ignore_index: int = IGNORE_INDEX,
+    shift: bool = False,
+    pairs: bool = True,
+    sequence_parallel: SequenceParallel | None = None,
 ) -> Layout:
     """The layout of a padded (`cu_seqlens=None`) or packed batch; with shift, the labels aligned with their rows.
 
     Raises:
-        ValueError, TypeError: as `sequence_bounds`; a shift that is not a bool.
+        ValueError, TypeError: as `sequence_bounds`; a shift that is not a bool, or of parts of sequences.
     """
     check_flag("shift", shift)
+    if shift and sequence_parallel is not None:
+        raise ValueError("shift: with sequence_parallel, labels must be shifted before they are split; expected False")
     bounds = sequence_bounds(labels, cu_seqlens, pairs)
     packed = cu_seqlens is not None
     if shift:
         labels = shift_labels(labels, ignore_index, bounds if packed else None)
-    return Layout(labels, bounds, ignore_index, packed, shift)
+    return Layout(labels, bounds, ignore_index, packed, shift, sequence_parallel)
 
 
 def shift_labels(labels: Tensor, ignore_index: int = IGNORE_INDEX, bounds: Tensor | None = None) -> Tensor:

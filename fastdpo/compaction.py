@@ -86,15 +86,16 @@ def choose_columns(mass: Tensor, targets: Tensor, budget: float) -> Tensor:
     """Which columns to keep, bool `[V]`: the smallest masses are dropped while their sum is within budget.
 
     Args:
-        mass: `[V]`, the probability that each column holds in the tile. targets: int64 `[n]`, always kept.
+        mass: `[V]`, the probability that each column holds in the tile.
+        targets: int64 `[n]`, always kept; V: on another rank.
     """
     budget = max(budget, 1e-30)
     ordered, order = mass.sort(stable=True)
     # Summed in integers: a GPU's running sum of floats differs from run to run. A NaN or infinity is beyond any budget
     units = (torch.where(ordered <= budget, ordered / budget, 2.0) * 2**40).long()
-    keep = torch.empty_like(mass, dtype=torch.bool)
+    keep = mass.new_empty(len(mass) + 1, dtype=torch.bool)  # the last: for targets on another rank
     keep[order] = units.cumsum(0) > 2**40
-    return keep.index_fill_(0, targets, True)
+    return keep.index_fill_(0, targets, True)[:-1]
 
 
 class _Number:
@@ -121,6 +122,7 @@ class _Queued(NamedTuple):
     keep: Tensor  # bool [V]
     rest: Tensor  # [V], mass of the columns dropped
     number: _Number  # of columns kept
+    share: Tensor | None  # [n]
 
 
 class _Gathered(NamedTuple):
@@ -147,8 +149,11 @@ class Search:
         self._queued: deque[_Queued] = deque()
         self._gathered: list[_Gathered] = []
 
-    def add(self, logits: Tensor, targets: Tensor, lse: Tensor) -> None:
-        """The next tile: logits `[n, V]`, targets int64 `[n]`, lse `[n]`."""
+    def add(self, logits: Tensor, targets: Tensor, lse: Tensor, share: Tensor | None = None) -> None:
+        """The next tile: logits `[n, V]`, targets int64 `[n]`, lse `[n]`.
+
+        share `[n]`: probability that these columns hold, where other ranks hold others; None: all of it.
+        """
         settled = len(self.found) - len(self._queued)
         sparse = len(self._gathered) + sum(compact is not None for compact in self.found)
         # Where most tiles turn out dense, the search is not worth its time
@@ -158,18 +163,20 @@ class Search:
         mass = self.kernels.column_mass(logits, lse, self.transform)
         keep = choose_columns(mass, targets, self.grad_tol * len(targets))
         rest = mass.masked_fill(keep, 0)
-        self._queued.append(_Queued(len(self.found), logits, lse, keep, rest, _Number(keep.sum())))
+        self._queued.append(_Queued(len(self.found), logits, lse, keep, rest, _Number(keep.sum()), share))
         self.found.append(None)
 
     def settle(self, but: int = 0) -> None:
         """Gather P of the tiles added, but of the last `but`. The host waits for a number of columns a tile."""
         while len(self._queued) > but:
-            tile, logits, lse, keep, rest, number = self._queued.popleft()
+            tile, logits, lse, keep, rest, number, share = self._queued.popleft()
             count = int(number)
             if count > DENSE_SHARE * len(keep):
                 continue
             columns = keep.nonzero_static(size=count).squeeze(1).int()
             probs, dropped = self.kernels.column_probs(logits, lse, columns, self.transform)
+            if share is not None:  # kernels take 1 for granted
+                dropped = (dropped - (1 - share)).clamp(min=0)
             self._gathered.append(_Gathered(tile, columns, probs, dropped, rest))
             if len(self._gathered) == _MEAN_TILES:
                 self._add_means()

@@ -36,7 +36,9 @@ def _transformed(raw: Tensor, transform: Transform) -> tuple[Tensor, Tensor | fl
 
 def row_forward(
     logits: Tensor,  # [G, R, V], float32 / bf16 / fp16 / float64; inner stride 1, any strides outside
-    targets: Tensor,  # int64 [G*R]; -1: the row is not read, and all its results are 0
+    # int64 [G*R]; -1: the row is not read, and all its results are 0. V: the target is on another rank (parallel.py),
+    # its logit counts as 0 here, and is_top1 means nothing
+    targets: Tensor,
     transform: Transform,
     stats: tuple[str, ...],  # among entropy, mean_logits, is_top1, log_sum_sq_probs
 ) -> list[Tensor]:
@@ -47,7 +49,8 @@ def row_forward(
     out = [targets.new_zeros(targets.shape, dtype=torch.bool if n == "is_top1" else dtype) for n in names]
     for block in _row_blocks(targets, vocab):
         z, _ = _transformed(logits[block // rows, block % rows], transform)
-        target_z = z.gather(1, targets[block, None]).squeeze(1)
+        y = targets[block]
+        target_z = z.gather(1, y[:, None].clamp(max=vocab - 1)).squeeze(1).masked_fill(y >= vocab, 0)
         lse = torch.logsumexp(z, dim=1)
         for name, result in zip(names, out, strict=True):
             if name == "logps":
@@ -57,7 +60,7 @@ def row_forward(
             elif name == "mean_logits":
                 value = z.mean(dim=1)
             elif name == "is_top1":
-                value = z.argmax(dim=1) == targets[block]  # ties: the first maximum counts
+                value = z.argmax(dim=1) == y  # ties: the first maximum counts
             elif name == "entropy":
                 # H = -sum_v p_v log p_v; where p_v = 0 the term is 0, also for z_v = -inf
                 log_p = z - lse[:, None]

@@ -20,6 +20,7 @@ from .backend import choose
 from .batch import IGNORE_INDEX, flat_targets
 from .inputs import as_rows, check_linear, product_dtype, rows_apart
 from .options import HeadOptions, head_options
+from .parallel import VocabParallel, plain
 from .saved import dropped_mass, flatten, unflatten
 
 _DEFAULT = HeadOptions()
@@ -53,6 +54,7 @@ def token_logps(
     stats: Sequence[str] = (),
     inplace_backward: bool = False,
     backend: str = "auto",
+    vocab_parallel: VocabParallel | None = None,
 ) -> TokenLogps:
     """Log-probability of each label, from logits. Reads each logit once; the backward reads and writes each once.
 
@@ -70,6 +72,7 @@ def token_logps(
         inplace_backward: allow the backward to write the gradient over the logits, when nothing else needs them.
             Under torch.compile the gradient is a new tensor all the same.
         backend: "auto" (by device; falls back to "eager" with one warning), "triton", "cpu" or "eager".
+        vocab_parallel: logits are this rank's share of the vocabulary; labels are ids of the whole. Without is_top1.
 
     Raises:
         TypeError: logits are not floats, labels not integers.
@@ -85,6 +88,7 @@ def token_logps(
         stats=stats,
         inplace_backward=inplace_backward,
         backend=backend,
+        vocab_parallel=vocab_parallel,
     )
     return _named(TokenLogpsFunction.apply(logits, labels, options), options)
 
@@ -104,13 +108,15 @@ def linear_token_logps(
     grad_tol: float | str = "auto",
     workspace_mb: float = 256,
     backend: str = "auto",
+    vocab_parallel: VocabParallel | None = None,
 ) -> TokenLogps:
     """Log-probability of each label under logits = hidden @ weight.T + bias, which never exist as a whole.
 
     Args:
         hidden: `[..., H]`. Rows whose label is ignored are dropped before the product.
         weight: `[V, H]`, the LM head. hidden, weight and bias may differ in float dtype: the product runs in
-            autocast's dtype under autocast, else in hidden's; each gradient has the dtype of its input.
+            autocast's dtype under autocast, else in hidden's; each gradient has the dtype of its input. A DTensor
+            (FSDP2) is gathered once a call, its gradient averaged over the ranks and scattered; likewise bias.
         labels: int64 or int32 `[...]`, hidden's shape without H.
         bias: `[V]` or None.
         grad_tol: probability per token, on average over a tile, that the gradient may leave out: the backward runs on
@@ -119,6 +125,7 @@ def linear_token_logps(
             `entropy` is always exact.
         workspace_mb: MiB that the logits tile may take. In exact mode, logits that fit whole are kept for the
             backward, which spares computing them twice.
+        vocab_parallel: weight and bias are this rank's rows of the head; labels are ids of the whole vocabulary.
         ignore_index, shift, temperature, softcap, logit_scale, stats, backend: as for `token_logps`.
 
     Raises:
@@ -134,7 +141,9 @@ def linear_token_logps(
         grad_tol=grad_tol,
         workspace_mb=workspace_mb,
         backend=backend,
+        vocab_parallel=vocab_parallel,
     )
+    weight, bias = plain(weight, vocab_parallel), None if bias is None else plain(bias, vocab_parallel)
     if not torch.is_grad_enabled():  # a Function is told of requires_grad alone, and would keep columns for no backward
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     apply = _traced_linear if torch.compiler.is_compiling() else LinearTokenLogpsFunction.apply
@@ -162,9 +171,11 @@ class TokenLogpsFunction(Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, options: HeadOptions = _DEFAULT) -> Any:
         rows = as_rows(logits, labels)
-        targets = flat_targets(labels, logits.shape[-1], options.ignore_index, options.shift)
+        targets = _targets(labels, logits, -1, options)
         kernel_stats = _kernel_stats(options)
         results = torch.ops.fastdpo.row_forward(rows, targets, *options.transform, kernel_stats, options.backend)
+        if options.vocab_parallel is not None:
+            results, _ = options.vocab_parallel.merge(results, targets, tuple(kernel_stats))
         by_name = dict(zip(("logps", "lse", *kernel_stats), results, strict=True))
         ctx.save_for_backward(rows, targets, by_name["logps"], by_name["lse"], by_name.get("entropy"))
         ctx.options, ctx.shape = options, logits.shape
@@ -201,7 +212,7 @@ class LinearTokenLogpsFunction(Function):
         options: HeadOptions = _DEFAULT,
     ) -> Any:
         check_linear(hidden, weight, labels, bias)
-        targets = flat_targets(labels, weight.shape[0], options.ignore_index, options.shift)
+        targets = _targets(labels, weight, 0, options)
         dtype = product_dtype(hidden)
         flat = hidden.reshape(-1, hidden.shape[-1])
         kernel_stats = _kernel_stats(options)
@@ -217,6 +228,8 @@ class LinearTokenLogpsFunction(Function):
         by_name = dict(zip(("logps", "lse", *kernel_stats), results, strict=True))
         if saved is not None and "dropped_mass" in options.stats:
             by_name["dropped_mass"] = dropped_mass(saved, targets)
+            if options.vocab_parallel is not None:
+                options.vocab_parallel.sum_(by_name["dropped_mass"])
         ctx.saved_layout, kept = flatten(saved)
         ctx.save_for_backward(
             *(flat, weight, bias, targets, by_name["logps"], by_name["lse"], by_name.get("entropy"), *kept)
@@ -287,8 +300,19 @@ def _linear_op(
 def _head(
     options: HeadOptions, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device
 ) -> tiles.Head:
-    kernels = choose(options.backend, device, dtype)
-    return tiles.Head(weight, bias, options.transform, dtype, _grad_tol(options, dtype), options.workspace_mb, kernels)
+    return tiles.Head(
+        *(weight, bias, options.transform, dtype, _grad_tol(options, dtype), options.workspace_mb),
+        *(choose(options.backend, device, dtype), options.vocab_parallel),
+    )
+
+
+def _targets(labels: Tensor, of: Tensor, dim: int, options: HeadOptions) -> Tensor:
+    """int64 `[N]`, -1 where ignored, of this rank's part of the vocabulary: dimension `dim` of weight or logits."""
+    rows, parallel = of.shape[dim], options.vocab_parallel
+    if parallel is None:
+        return flat_targets(labels, rows, options.ignore_index, options.shift)
+    parallel.check("weight" if dim == 0 else "logits", rows)
+    return parallel.local(flat_targets(labels, parallel.vocab, options.ignore_index, options.shift))
 
 
 def _grad_tol(options: HeadOptions, dtype: torch.dtype) -> float:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .batch import reference
 from .preference import PreferenceOutput
-from .sequences import lengths, reference_sums
+from .sequences import lengths, reference_sums, sequence_sums
 
 
 @torch.no_grad()
@@ -45,7 +45,7 @@ def preference_metrics(out: PreferenceOutput, ref_logps: Tensor | None = None) -
     def sums(values: Tensor) -> tuple[Tensor, Tensor]:
         """Over the tokens of each side; 0 where ignored."""
         flat = values.reshape(-1).to(stats.logps.dtype)
-        chosen, rejected = torch.ops.fastdpo.sequence_sums(flat, layout.bounds, "auto").chunk(2)
+        chosen, rejected = sequence_sums(flat, layout, "auto").chunk(2)
         return chosen.sum(), rejected.sum()
 
     sides = {
@@ -72,5 +72,5 @@ def preference_metrics(out: PreferenceOutput, ref_logps: Tensor | None = None) -
         metrics["kl/completion"] = (sum(sums(stats.logps)) - ref_total.sum()) / tokens
         if ref.per_token:
             d = ref.logps.to(stats.logps) - stats.logps.reshape(-1)  # 0 where ignored
-            metrics["kl/policy_sample"] = (d.exp() - 1 - d).sum() / tokens
+            metrics["kl/policy_sample"] = sum(sums(d.exp() - 1 - d)) / tokens
     return metrics

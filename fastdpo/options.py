@@ -7,6 +7,7 @@ from typing import NamedTuple, TypedDict
 
 from .batch import IGNORE_INDEX
 from .inputs import check_flag
+from .parallel import VocabParallel, check_parallel
 
 STATS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs", "lse", "dropped_mass")
 INFINITY = float("inf")
@@ -35,6 +36,7 @@ class HeadOptions(NamedTuple):
     inplace_backward: bool = False
     grad_tol: float | None = None  # None: "auto"
     workspace_mb: float = 256.0
+    vocab_parallel: VocabParallel | None = None
 
 
 class HeadKeywords(TypedDict, total=False):
@@ -46,6 +48,7 @@ class HeadKeywords(TypedDict, total=False):
     stats: Sequence[str]
     grad_tol: float | str
     workspace_mb: float
+    vocab_parallel: VocabParallel | None
 
 
 def head_options(
@@ -60,11 +63,13 @@ def head_options(
     inplace_backward: bool = False,
     grad_tol: float | str = "auto",
     workspace_mb: float = 256,
+    vocab_parallel: VocabParallel | None = None,
 ) -> HeadOptions:
     """Check the keywords and pack them.
 
     Raises:
         ValueError: an unknown stat or backend, or a number outside its range; names the argument and its value.
+        NotImplementedError: vocab_parallel under torch.compile, or with is_top1, which no rank knows alone.
     """
     if isinstance(stats, str) or not isinstance(stats, (tuple, list)):
         raise ValueError(f"stats: expected a sequence of names such as ('entropy',), got {stats!r}")
@@ -82,6 +87,9 @@ def head_options(
         check_number("softcap", softcap, above=0, hint=" (None: no softcap)")
     check_number("logit_scale", logit_scale)
     check_number("workspace_mb", workspace_mb, above=0)
+    check_parallel("vocab_parallel", vocab_parallel, VocabParallel)
+    if vocab_parallel is not None and "is_top1" in stats:
+        raise NotImplementedError("stats: is_top1 is not known to a vocabulary-parallel head")
     if grad_tol == "auto":
         tolerance = None
     elif isinstance(grad_tol, (int, float)) and not isinstance(grad_tol, bool) and 0 <= grad_tol < 1:
@@ -92,7 +100,8 @@ def head_options(
     # dict.fromkeys: a stat asked for twice is computed once
     unique = tuple(dict.fromkeys(stats))
     return HeadOptions(
-        transform, int(ignore_index), shift, unique, backend, inplace_backward, tolerance, float(workspace_mb)
+        *(transform, int(ignore_index), shift, unique, backend, inplace_backward, tolerance),
+        *(float(workspace_mb), vocab_parallel),
     )
 
 

@@ -16,6 +16,7 @@ from .losses.pairs import LossOptions
 from .losses.recipe import Recipe, Sequences, make_recipe
 from .losses.table import did_you_mean
 from .options import head_options
+from .parallel import SequenceParallel, VocabParallel, check_parallel
 from .sequences import lengths, position_weights, reference_sums, sequence_sums
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ def dpo_loss(
     stats: Sequence[str] = (),
     inplace_backward: bool = False,
     backend: str = "auto",
+    vocab_parallel: VocabParallel | None = None,
+    sequence_parallel: SequenceParallel | None = None,
     **options: Unpack[LossKeywords],
 ) -> PreferenceOutput:
     """A preference loss from logits; by default DPO's (arXiv 2305.18290, eq. 7).
@@ -72,6 +75,8 @@ def dpo_loss(
             list of these, whose sum weighted by `loss_weights` is the loss.
         label_smoothing: probability that a preference is noise, in [0, 0.5); in sigmoid, cDPO's.
         cu_seqlens: int32 `[2B+1]`, the packed batch's boundaries: starts at 0, ends at N.
+        vocab_parallel, sequence_parallel: `fastdpo.VocabParallel`, `fastdpo.SequenceParallel`: this rank has a part of
+            the vocabulary, or of every sequence. Not under torch.compile.
         options: `fastdpo.losses.LossKeywords`, which documents them.
         The other keywords: `token_logps`. With shift and cu_seqlens, no sequence predicts into the next.
 
@@ -82,7 +87,7 @@ def dpo_loss(
     """
     _check_known(dpo_loss, options)
     recipe = make_recipe(beta, loss_type, label_smoothing, options)
-    layout = make_layout(labels, cu_seqlens, ignore_index, shift)
+    layout = _layout(labels, cu_seqlens, ignore_index, shift, sequence_parallel)
     ref = _reference(ref_logps, layout, recipe)
     tokens = token_logps(
         logits,
@@ -94,6 +99,7 @@ def dpo_loss(
         stats=_with_needed(stats, recipe),
         inplace_backward=inplace_backward,
         backend=backend,
+        vocab_parallel=vocab_parallel,
     )
     return _preference(tokens, layout, ref, recipe, backend)
 
@@ -118,6 +124,8 @@ def linear_dpo_loss(
     grad_tol: float | str = "auto",
     workspace_mb: float = 256,
     backend: str = "auto",
+    vocab_parallel: VocabParallel | None = None,
+    sequence_parallel: SequenceParallel | None = None,
     **options: Unpack[LossKeywords],
 ) -> PreferenceOutput:
     """A preference loss from hidden states: padded `[2B, T, H]`, or packed `[N, H]` or `[1, N, H]`; weight `[V, H]`.
@@ -126,7 +134,7 @@ def linear_dpo_loss(
     """
     _check_known(linear_dpo_loss, options)
     recipe = make_recipe(beta, loss_type, label_smoothing, options)
-    layout = make_layout(labels, cu_seqlens, ignore_index, shift)
+    layout = _layout(labels, cu_seqlens, ignore_index, shift, sequence_parallel)
     ref = _reference(ref_logps, layout, recipe)
     tokens = linear_token_logps(
         hidden,
@@ -141,6 +149,7 @@ def linear_dpo_loss(
         grad_tol=grad_tol,
         workspace_mb=workspace_mb,
         backend=backend,
+        vocab_parallel=vocab_parallel,
     )
     return _preference(tokens, layout, ref, recipe, backend)
 
@@ -196,6 +205,17 @@ class LinearDPOLoss(DPOLoss):
 # --- token logps -> loss ---------------------------------------------------------------------------------------------
 
 
+def _layout(
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    ignore_index: int,
+    shift: bool,
+    sequence_parallel: SequenceParallel | None,
+) -> Layout:
+    check_parallel("sequence_parallel", sequence_parallel, SequenceParallel)
+    return make_layout(labels, cu_seqlens, ignore_index, shift, sequence_parallel=sequence_parallel)
+
+
 def _reference(ref_logps: Tensor | None, layout: Layout, recipe: Recipe) -> Reference | None:
     recipe.check_reference(ref_logps is not None)
     return reference(ref_logps, layout)
@@ -214,19 +234,19 @@ def _preference(
     logps, bounds = tokens.logps.reshape(-1), layout.bounds
     pairs = layout.sequences // 2
     recipe = recipe.on(pairs, logps)
-    if pair_kernel.fits(recipe):
+    if pair_kernel.fits(recipe) and layout.sequence_parallel is None:
         ref = reference_sums(ref_logps, layout, logps, None, backend)
         beta, smoothing = cast(float, recipe.options.beta), recipe.options.label_smoothing
         loss, sums = pair_kernel.PairSigmoid.apply(logps, bounds, ref, beta, smoothing, backend)
     else:
         weights = position_weights(layout, logps, recipe.token_weights, recipe.ld_alpha, backend)
-        plain = sequence_sums(logps, bounds, backend)
-        sums = plain if weights is None else sequence_sums(logps * weights, bounds, backend)
+        plain = sequence_sums(logps, layout, backend)
+        sums = plain if weights is None else sequence_sums(logps * weights, layout, backend)
         ref = reference_sums(ref_logps, layout, logps, weights, backend)
         counts = lengths(layout, logps, backend)
         pair_weights = recipe.pair_weights
         if recipe.use_weighting:
-            policy_weights = _policy_weights(tokens, counts, bounds, backend)
+            policy_weights = _policy_weights(tokens, counts, layout, backend)
             pair_weights = policy_weights if pair_weights is None else pair_weights * policy_weights
         loss = recipe.loss(Sequences(sums, ref, counts, -plain), pair_weights)
         if recipe.averages:
@@ -238,11 +258,11 @@ def _preference(
     return PreferenceOutput(loss, sums[:pairs], sums[pairs:], chosen_rewards, rejected_rewards, tokens, layout)
 
 
-def _policy_weights(tokens: TokenLogps, counts: Tensor, bounds: Tensor, backend: str) -> Tensor:
+def _policy_weights(tokens: TokenLogps, counts: Tensor, layout: Layout, backend: str) -> Tensor:
     """WPO's weight of each pair, `[B]`, a constant (arXiv 2406.11827, eq. 2, and its alignment by sum_v p_v^2)."""
     assert tokens.log_sum_sq_probs is not None
     aligned = (tokens.logps.detach() - tokens.log_sum_sq_probs).reshape(-1)
-    chosen, rejected = (torch.ops.fastdpo.sequence_sums(aligned, bounds, backend) / counts.clamp(min=1)).chunk(2)
+    chosen, rejected = (sequence_sums(aligned, layout, backend) / counts.clamp(min=1)).chunk(2)
     return torch.exp(chosen) * torch.exp(rejected)
 
 
@@ -273,6 +293,7 @@ def _check_keywords(function: Callable[..., Any], keywords: dict[str, Any]) -> N
     if is_schedule(beta):  # its values: with the steps
         beta = LossOptions().beta
     check_keywords(beta, loss_type, label_smoothing, cast(LossKeywords, options))
+    check_parallel("sequence_parallel", values.pop("sequence_parallel"), SequenceParallel)
     head_options(**{name: values[name] for name in defaults if name in values})
 
 

@@ -11,6 +11,7 @@ from torch.autograd import Function
 from .batch import IGNORE_INDEX, Layout, Reference, check_constant, constant, make_layout, shift_labels
 from .inputs import check_tensor
 from .options import check_within, head_options
+from .parallel import SequenceParallel, check_parallel
 
 
 def sequence_logps(
@@ -23,6 +24,7 @@ def sequence_logps(
     token_weights: Tensor | None = None,
     ld_alpha: float | None = None,
     backend: str = "auto",
+    sequence_parallel: SequenceParallel | None = None,
 ) -> Tensor:
     """Sums of token logps over the sequences of a pair batch, as the losses make them; differentiable.
 
@@ -35,6 +37,7 @@ def sequence_logps(
             `[1, N]`). What stands at an ignored label does not matter.
         ld_alpha: weight, in [0, 1], of the tokens beyond the shorter completion's length (LD-DPO, arXiv 2409.06411).
         backend: as for `fastdpo.token_logps`.
+        sequence_parallel: as for `fastdpo.dpo_loss`.
 
     Returns:
         `[2B]`, chosen then rejected.
@@ -44,7 +47,8 @@ def sequence_logps(
     """
     head_options(ignore_index=ignore_index, shift=shift, backend=backend)
     check_tensor("token_logps", token_logps)
-    layout = make_layout(labels, cu_seqlens, ignore_index, shift)
+    check_parallel("sequence_parallel", sequence_parallel, SequenceParallel)
+    layout = make_layout(labels, cu_seqlens, ignore_index, shift, sequence_parallel=sequence_parallel)
     if token_logps.shape != labels.shape:
         raise ValueError(
             f"token_logps: expected the shape of labels, {list(labels.shape)}, got {list(token_logps.shape)}"
@@ -53,7 +57,7 @@ def sequence_logps(
         check_within("ld_alpha", ld_alpha, 0, 1)
     logps = torch.where(layout.counted, token_logps.reshape(-1), 0.0)
     weights = position_weights(layout, logps, token_weights, ld_alpha, backend)
-    return sequence_sums(logps if weights is None else logps * weights, layout.bounds, backend)
+    return sequence_sums(logps if weights is None else logps * weights, layout, backend)
 
 
 def reference_sums(
@@ -65,12 +69,12 @@ def reference_sums(
     logps = ref_logps.logps.to(like.device, like.dtype)
     if not ref_logps.per_token:
         return logps
-    return torch.ops.fastdpo.sequence_sums(logps if weights is None else logps * weights, layout.bounds, backend)
+    return sequence_sums(logps if weights is None else logps * weights, layout, backend)
 
 
 def lengths(layout: Layout, like: Tensor, backend: str) -> Tensor:
     """The tokens that count in each sequence, `[S]`, in the dtype of `like`."""
-    return torch.ops.fastdpo.sequence_sums(layout.counted.to(like.dtype), layout.bounds, backend)
+    return sequence_sums(layout.counted.to(like.dtype), layout, backend)
 
 
 def position_weights(
@@ -88,6 +92,8 @@ def position_weights(
         weights = constant("token_weights", weights, (weights.shape,), like)
     if ld_alpha is None:
         return weights
+    if layout.sequence_parallel is not None:
+        raise NotImplementedError("ld_alpha: with sequence_parallel no rank knows a token's place in its completion")
     # LD-DPO: the first min(|y_w|, |y_l|) tokens of both sides weigh 1, the rest ld_alpha
     counts = lengths(layout, like, backend)
     shared = torch.minimum(*counts.chunk(2)).repeat(2)
@@ -102,9 +108,10 @@ def spread(values: Tensor, bounds: Tensor, positions: int) -> Tensor:
     return torch.repeat_interleave(values, bounds.diff(), output_size=positions)
 
 
-def sequence_sums(values: Tensor, bounds: Tensor, backend: str) -> Tensor:
-    """values `[N]`, bounds `[S+1]` -> sums `[S]`; differentiable."""
-    return _SequenceSums.apply(values, bounds, backend)
+def sequence_sums(values: Tensor, layout: Layout, backend: str) -> Tensor:
+    """values `[N]` -> sums `[S]` of whole sequences, over the ranks that hold their parts; differentiable."""
+    sums = _SequenceSums.apply(values, layout.bounds, backend)
+    return sums if layout.sequence_parallel is None else layout.sequence_parallel.sum(sums)
 
 
 class _SequenceSums(Function):

@@ -24,6 +24,7 @@ from . import compaction
 from .compaction import Compact, Sparse
 from .inputs import result_dtype
 from .options import Transform
+from .parallel import VocabParallel
 from .products import add_product, write_product
 from .saved import Exponentials, Frozen, Saved, Tiles, counted
 
@@ -44,6 +45,7 @@ class Head(NamedTuple):
     grad_tol: float  # 0: exact
     workspace_mb: float
     kernels: ModuleType
+    parallel: VocabParallel | None = None  # weight and bias are this rank's rows
 
     def columns(self, start: int, stop: int) -> Tensor:
         """weight[start:stop] in the dtype of the products."""
@@ -66,6 +68,10 @@ class Head(NamedTuple):
         """How many rows (or columns) of `wide` logits the workspace holds: at least 1, multiples of 64 if it can."""
         fits = int(self.workspace_mb * 2**20) // max(1, wide * self.dtype.itemsize)
         return max(1, min(limit, fits // 64 * 64 if fits >= 64 else fits))
+
+    def widest(self) -> int:
+        """Rows of the largest share of the head: ranks must take tiles of the same tokens."""
+        return self.weight.shape[0] if self.parallel is None else max(self.parallel.sizes)
 
     def queues(self) -> bool:
         """Whether the kernels' launches return before their work is done."""
@@ -112,8 +118,12 @@ def forward(
     x, y = _select(hidden, rows, head.dtype), targets if rows is None else targets[rows]
     if not any(needs):
         head = head._replace(grad_tol=0.0)
+    if head.parallel is not None:
+        head = head._replace(grad_tol=head.grad_tol / head.parallel.ranks)
     frozen = head.grad_tol > 0 and not any(needs[1:])
     run = _streamed if head.streams() else _from_tiles
+    if head.parallel is not None and head.grad_tol > 0 and head.streams():
+        run = _streamed_share
     step = _FROZEN_TILES * _COMPACT_TOKENS if frozen else max(1, len(x))
     parts, tiles, logits = [], [], None
     for start in range(0, max(1, len(x)), step):
@@ -124,6 +134,8 @@ def forward(
         parts.append(results)
         tiles += [(start + first, start + last, compact) for first, last, compact in kept]
     results = [torch.cat(column) for column in zip(*parts, strict=True)]
+    if head.parallel is not None and head.grad_tol == 0:  # compact tiles needed it before
+        results, _ = head.parallel.merge(results, y, stats)
     if rows is not None:
         results = [r.new_zeros(targets.shape).index_copy(0, rows, r) for r in results]
     return results, Saved(logits, tiles) if any(needs) else None
@@ -135,7 +147,7 @@ _Forward = tuple[list[Tensor], Tiles, Tensor | None]  # results, tiles, logits k
 def _streamed(head: Head, x: Tensor, y: Tensor, stats: tuple[str, ...], keep: bool) -> _Forward:
     step = _compact_step(len(x))
     fits = len(x) * head.weight.shape[0] * head.dtype.itemsize <= head.workspace_mb * 2**20
-    whole = keep and head.grad_tol == 0 and fits
+    whole = keep and head.grad_tol == 0 and fits and head.parallel is None
     results, kept, exponentials = head.kernels.stream_forward(
         x, head.weight, head.bias, y, head.transform, stats, step, head.grad_tol, head.workspace_mb, whole
     )
@@ -145,15 +157,37 @@ def _streamed(head: Head, x: Tensor, y: Tensor, stats: tuple[str, ...], keep: bo
     return results, [(a, min(a + step, len(x)), tile) for a, tile in zip(starts, kept, strict=True)], None
 
 
+def _streamed_share(head: Head, x: Tensor, y: Tensor, stats: tuple[str, ...], keep: bool) -> _Forward:
+    """Between a tile's pass over this rank's columns and the choice among them, the ranks agree on its lse."""
+    assert head.parallel is not None
+    step, scan = _compact_step(len(x)), head.kernels.TileScan()
+    # The target's logit bounds lse from below, for every rank
+    own = torch.where(y < len(head.weight), y, 0)
+    bounds = (x.float() * head.weight[own].to(head.dtype)).sum(1)
+    bounds = bounds if head.bias is None else bounds + head.bias[own]
+    bounds = head.parallel.sum_(torch.where(y < len(head.weight), bounds, 0).float())
+    parts, tiles = [], []
+    for start in range(0, max(1, len(x)), step):
+        part = slice(start, start + step)
+        results = scan.rows(
+            *(x[part], head.weight, head.bias, y[part], bounds[part], head.transform, stats),
+            *(head.grad_tol, head.workspace_mb),
+        )
+        results, apart = head.parallel.merge(results, y[part], stats)
+        parts.append(results)
+        tiles.append((start, min(start + step, len(x)), scan.choose(apart)))
+    return [torch.cat(column) for column in zip(*parts, strict=True)], tiles, None
+
+
 def _from_tiles(head: Head, x: Tensor, y: Tensor, stats: tuple[str, ...], keep: bool) -> _Forward:
-    vocab, count = head.weight.shape[0], max(1, len(x))
+    vocab, wide, count = head.weight.shape[0], head.widest(), max(1, len(x))
     compact = keep and head.grad_tol > 0
-    whole = keep and not compact and len(x) * vocab * head.dtype.itemsize <= head.workspace_mb * 2**20
-    step = count if whole else head.tile(vocab, count)
+    whole = keep and not compact and len(x) * wide * head.dtype.itemsize <= head.workspace_mb * 2**20
+    step = count if whole else head.tile(wide, count)
     if compact:
         step = min(step, _compact_step(count))
     # A GPU computes the next tile while the host waits for the number of columns of this one, where both fit
-    half = head.tile(2 * vocab, step)
+    half = head.tile(2 * wide, step)
     two = compact and head.queues() and step < count and 4 * half >= 3 * step
     step = half if two else step
     buffers = [x.new_empty((min(step, len(x)), vocab)) for _ in range(1 + two)]
@@ -166,7 +200,11 @@ def _from_tiles(head: Head, x: Tensor, y: Tensor, stats: tuple[str, ...], keep: 
         logits = buffers[number % len(buffers)][: len(tile_x)]
         head.logits(tile_x, 0, vocab, logits)
         results = head.kernels.row_forward(logits[None], tile_y, head.transform, stats)
-        search.add(logits, tile_y, results[1])
+        share = None
+        if compact and head.parallel is not None:
+            results, apart = head.parallel.merge(results, tile_y, stats)
+            share = torch.exp(-apart).to(results[0].dtype)
+        search.add(logits, tile_y, results[1], share)
         parts.append(results)
     tiles: Tiles = [(a, min(a + step, len(x)), kept) for a, kept in zip(starts, search.finish(), strict=True)]
     return [torch.cat(column) for column in zip(*parts, strict=True)], tiles, buffers[0] if whole else None
@@ -218,6 +256,8 @@ def backward(
                 dx[rest] = part_dx
         _compact(head, x, grads, tiles, dx, dw, db, add=bool(dense))
 
+    if dx is not None and head.parallel is not None:
+        head.parallel.sum_(dx)
     if dx is not None and rows is not None:
         dx = dx.new_zeros(hidden.shape).index_copy(0, rows, dx)
     return [

@@ -14,6 +14,7 @@ from .inputs import check_flag, check_tensor
 from .losses import LOSSES, LossOptions
 from .losses.table import SideFunction, did_you_mean, find_loss, loss_name
 from .options import INFINITY, HeadKeywords, check_number, check_within
+from .parallel import SequenceParallel, VocabParallel, check_parallel
 from .sequences import lengths, reference_sums, sequence_sums
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ def unpaired_loss(
     stats: Sequence[str] = (),
     inplace_backward: bool = False,
     backend: str = "auto",
+    vocab_parallel: VocabParallel | None = None,
+    sequence_parallel: SequenceParallel | None = None,
 ) -> UnpairedOutput:
     """KTO's loss (arXiv 2402.01306), or another that takes completions one by one, from logits.
 
@@ -79,7 +82,7 @@ def unpaired_loss(
         TypeError, ValueError: as `dpo_loss`; desirable that is not bool `[S]`; a loss that needs pairs.
     """
     options = _options(loss_type, beta, kl, desirable_weight, undesirable_weight, length_normalize)
-    layout, ref = _layout(labels, desirable, ref_logps, cu_seqlens, ignore_index, shift)
+    layout, ref = _layout(labels, desirable, ref_logps, cu_seqlens, ignore_index, shift, sequence_parallel)
     tokens = token_logps(
         logits,
         layout.labels,
@@ -90,6 +93,7 @@ def unpaired_loss(
         stats=stats,
         inplace_backward=inplace_backward,
         backend=backend,
+        vocab_parallel=vocab_parallel,
     )
     return _unpaired(tokens, layout, desirable, ref, options, backend)
 
@@ -112,6 +116,7 @@ def linear_unpaired_loss(
     ignore_index: int = IGNORE_INDEX,
     shift: bool = False,
     backend: str = "auto",
+    sequence_parallel: SequenceParallel | None = None,
     **head: Unpack[HeadKeywords],
 ) -> UnpairedOutput:
     """The same from hidden states: padded `[S, T, H]`, or packed `[N, H]` or `[1, N, H]`; weight `[V, H]`.
@@ -126,7 +131,7 @@ def linear_unpaired_loss(
                 f"expected some of {', '.join(known)}"
             )
     options = _options(loss_type, beta, kl, desirable_weight, undesirable_weight, length_normalize)
-    layout, ref = _layout(labels, desirable, ref_logps, cu_seqlens, ignore_index, shift)
+    layout, ref = _layout(labels, desirable, ref_logps, cu_seqlens, ignore_index, shift, sequence_parallel)
     tokens = linear_token_logps(
         hidden, weight, layout.labels, bias=bias, ignore_index=ignore_index, backend=backend, **head
     )
@@ -175,8 +180,10 @@ def _layout(
     cu_seqlens: Tensor | None,
     ignore_index: int,
     shift: bool,
+    sequence_parallel: SequenceParallel | None,
 ) -> tuple[Layout, Reference | None]:
-    layout = make_layout(labels, cu_seqlens, ignore_index, shift, pairs=False)
+    check_parallel("sequence_parallel", sequence_parallel, SequenceParallel)
+    layout = make_layout(labels, cu_seqlens, ignore_index, shift, False, sequence_parallel)
     check_tensor("desirable", desirable, floats=False)
     if desirable.dtype != torch.bool or desirable.shape != (layout.sequences,):
         raise ValueError(
@@ -191,7 +198,7 @@ def _unpaired(
     logps = tokens.logps.reshape(-1)
     kl = constant("kl", options.kl, ([], [layout.sequences]), logps) if isinstance(options.kl, Tensor) else options.kl
     desirable = desirable.to(logps.device)
-    sums = sequence_sums(logps, layout.bounds, backend)
+    sums = sequence_sums(logps, layout, backend)
     ref = reference_sums(ref_logps, layout, logps, None, backend)
     ratio = sums if ref is None else sums - ref
     if options.length_normalize:

@@ -58,6 +58,29 @@ def test_row_forward(backend: str, dtype: torch.dtype, vocab: int, transform: Tr
     assert_close(alone[0], truth[0], plain[0], unit=1)
 
 
+@pytest.mark.parametrize("transform", [PLAIN, GEMMA], ids=["plain", "softcap"])
+@pytest.mark.parametrize("vocab", [2048, 1003, 1])
+def test_a_target_on_another_rank(backend: str, vocab: int, transform: Transform) -> None:
+    """V as a target: its logit counts as 0, and no column of the gradient is its."""
+    kernels = kernels_for(backend, torch.float32)
+    logits, targets = batch(vocab, torch.float32)
+    elsewhere = torch.where(targets < 0, targets, vocab)
+    stats = ("entropy", "mean_logits", "log_sum_sq_probs")
+    here, there = (kernels.row_forward(logits, y, transform, stats) for y in (targets, elsewhere))
+    assert torch.equal(there[0], -there[1])
+    for result, same in zip(there[1:], here[1:], strict=True):
+        torch.testing.assert_close(result, same)
+    grad = torch.empty_like(logits)
+    weights = torch.randn(len(targets))
+    kernels.row_backward(logits, elsewhere, there[0], there[1], None, weights, None, transform, 0, grad)
+    truth = logits.double().requires_grad_()
+    eager.row_forward(truth, elsewhere, transform, ())  # the specification knows it too
+    z = eager._transformed(truth, transform)[0].flatten(0, 1)
+    counted = (targets >= 0).double()
+    (-(z.logsumexp(1)) * weights * counted).sum().backward()
+    torch.testing.assert_close(grad, truth.grad.float(), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("vocab", VOCABS)
 @pytest.mark.parametrize("transform", [PLAIN, GEMMA, GRANITE], ids=["plain", "softcap", "scale"])

@@ -16,6 +16,7 @@ from fastdpo.saved import Exponentials
 from .build import BuildError, library
 
 __all__ = [
+    "TileScan",
     "add_weight_gradient",
     "column_mass",
     "column_probs",
@@ -83,7 +84,7 @@ def stream_forward(
     hidden: Tensor,  # bf16 [N, H], H even
     weight: Tensor,  # bf16 or float32 [V, H], dense rows
     bias: Tensor | None,  # [V]
-    targets: Tensor,  # int64 [N], all in [0, V)
+    targets: Tensor,  # int64 [N], in [0, V]; V: on another rank, its logit counts as 0
     transform: Transform,
     stats: tuple[str, ...],
     tile_tokens: int,
@@ -109,6 +110,40 @@ def stream_forward(
     size = len(Sparse._fields)
     tiles = [Sparse(*out[i : i + size]) if len(out[i]) else None for i in range(count, len(out), size)]
     return results, tiles, exponentials
+
+
+class TileScan:
+    """stream_forward for ranks that share a vocabulary: of each tile `rows`, then `choose`."""
+
+    def __init__(self) -> None:
+        self._scan = torch.classes.fastdpo_cpu.TileScan()
+
+    def rows(
+        self,
+        hidden: Tensor,  # [n, H], and so on as in stream_forward
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        bounds: Tensor,  # float32 [n]: a raw logit of each row, over all ranks
+        transform: Transform,
+        stats: tuple[str, ...],
+        grad_tol: float,
+        workspace_mb: float,
+    ) -> list[Tensor]:
+        """row_forward's results of one tile over this rank's columns."""
+        out = self._scan.rows(
+            *(hidden.contiguous(), weight, _float(bias), targets, bounds, *transform),
+            *(bool(stats), grad_tol, workspace_mb),
+        )
+        return _ordered(out, stats)
+
+    def choose(self, apart: Tensor) -> Sparse | None:
+        """The tile's kept columns, by probabilities under the lse of all ranks.
+
+        apart: float64 `[n]`, that lse less this rank's.
+        """
+        out = self._scan.choose(apart)
+        return Sparse(*out) if len(out[0]) else None
 
 
 def waves(vocab: int) -> Iterator[slice]:

@@ -5,10 +5,11 @@
 #include <ATen/native/CPUBlas.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <torch/custom_class.h>
 #include <torch/library.h>
 
 #include "kernels.h"
-#include "stream.h"
+#include "stream_forward.h"
 
 namespace fastdpo {
 namespace {
@@ -119,8 +120,15 @@ void streamed_gradient(
   stream_gradient(in, grads, first, last, out.data_ptr<at::BFloat16>());
 }
 
+// columns, starts, entries, dropped, mean_row (Sparse); no columns: dense
+void append(std::vector<Tensor>& out, const Sparse& tile, const Tensor& like) {
+  const bool kept = tile.columns.defined();
+  for (const Tensor& part : {tile.columns, tile.starts, tile.entries, tile.dropped, tile.mean_row})
+    out.push_back(kept ? part : at::empty({0}, like.options().dtype(at::kFloat)));
+}
+
 // row results as forward(); where `keep`, values bf16 [V, n] (or [0, n]: not usable) and scale of Exponentials; then
-// columns, starts, entries, dropped, mean_row of each tile (Sparse); no columns: dense
+// the five tensors of each tile
 std::vector<Tensor> stream(
     const Tensor& hidden, const Tensor& weight, const OptTensor& bias, const Tensor& targets, double logit_scale,
     std::optional<double> softcap, double temperature, bool stats, int64_t tile_tokens, double grad_tol,
@@ -141,13 +149,39 @@ std::vector<Tensor> stream(
     out.push_back(kept.usable ? values : at::empty({0, in.n}, hidden.options()));
     out.push_back(scale);
   }
-  for (const Sparse& tile : tiles) {
-    const bool kept = tile.columns.defined();
-    for (const Tensor& part : {tile.columns, tile.starts, tile.entries, tile.dropped, tile.mean_row})
-      out.push_back(kept ? part : at::empty({0}, hidden.options().dtype(at::kFloat)));
-  }
+  for (const Sparse& tile : tiles)
+    append(out, tile, hidden);
   return out;
 }
+
+// TileScan over tensors, which it keeps between its two calls
+struct TensorScan : torch::CustomClassHolder {
+  TileScan scan;
+  std::vector<Tensor> inputs;
+
+  std::vector<Tensor> rows(
+      const Tensor& hidden, const Tensor& weight, const OptTensor& bias, const Tensor& targets, const Tensor& bounds,
+      double logit_scale, std::optional<double> softcap, double temperature, bool stats, double grad_tol,
+      double workspace_mb) {
+    auto in = stream_inputs(hidden, weight, bias, targets, {logit_scale, softcap, temperature});
+    in.bounds = floats(bounds, in.n);
+    inputs = {hidden, weight, targets, bounds};
+    if (bias)
+      inputs.push_back(*bias);
+    auto [out, results] = row_results(hidden, in.n, stats);
+    scan.rows(in, grad_tol, workspace_mb, results);
+    return out;
+  }
+
+  std::vector<Tensor> choose(const Tensor& apart) {
+    TORCH_CHECK(scan.waiting(), "choose: expected a call of rows() before it");
+    check_rows(apart, scan.tokens());
+    std::vector<Tensor> out;
+    append(out, scan.choose(apart.const_data_ptr<double>()), inputs[0]);
+    inputs.clear();
+    return out;
+  }
+};
 
 // Of the tiles that start at tokens `firsts`, five tensors each as stream() returned them. dx float32 [n, H], dw like
 // weight, db float32 [V]; with `add`, dw and db hold another part already.
@@ -256,6 +290,10 @@ TORCH_LIBRARY(fastdpo_cpu, m) {
       "Tensor? entropy, Tensor? grad_logps, Tensor? grad_entropy, float logit_scale, float? softcap, "
       "float temperature, int first, int last, Tensor(a!) out) -> ()",
       streamed_gradient);
+  m.class_<TensorScan>("TileScan")
+      .def(torch::init<>())
+      .def("rows", &TensorScan::rows)
+      .def("choose", &TensorScan::choose);
   m.def("sequence_sums(Tensor values, Tensor bounds) -> Tensor", sums);
   m.def(
       "pair_sigmoid(Tensor logps, Tensor bounds, Tensor? ref_logps, float beta, float label_smoothing) "

@@ -38,6 +38,7 @@ struct RowGrads {
   const float *logps, *lse, *entropy, *grad_logps, *grad_entropy;
 };
 
+// A target of V is on another rank: its logit counts as 0.
 void row_forward(c10::ScalarType, const Rows&, const int64_t* targets, const Transform&, const RowResults&);
 
 void row_backward(

@@ -8,6 +8,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 #include "kernels.h"
@@ -109,10 +110,11 @@ Sums block_sums(const T* row, int64_t n, const Base2<kSoftcap>& base2, float m) 
 
 template <typename T, bool kSoftcap, bool kStats>
 void one_row(const T* row, int64_t vocab, int64_t y, const Base2<kSoftcap>& base2, const RowResults& out, int64_t i) {
-  const double x_y = base2.core(double(row[y])) * base2.factor;
+  const bool elsewhere = y >= vocab;  // on another rank: its logit counts as 0
+  const double x_y = elsewhere ? 0. : base2.core(double(row[y])) * base2.factor;
   // A target of -inf (or NaN) bounds nothing; any finite start will do, the first block corrects it
   float m = std::isfinite(x_y) ? float(x_y) : 0.f;
-  bool any = std::isfinite(x_y);  // m is a term of the sum, or a maximum of one seen
+  bool any = !elsewhere && std::isfinite(x_y);  // m is a term of the sum, or a maximum of one seen
   Sums sums;
   int64_t top_start = 0;  // the first block that holds the row's maximum
   for (int64_t start = 0; start < vocab; start += kBlock) {
@@ -149,7 +151,7 @@ void one_row(const T* row, int64_t vocab, int64_t y, const Base2<kSoftcap>& base
     out.mean_logits[i] = float(base2.unit * sums.total / double(vocab));
     out.log_sum_sq_probs[i] = float(kLn2 * (std::log2(sums.ee) - 2 * log2_s));
     // The first maximum counts: none equal to it before y, which only its block can hold
-    const T target = row[y];
+    const T target = elsewhere ? T(NAN) : row[y];
     const float sign = base2.in < 0 ? -1.f : 1.f;
     out.is_top1[i] = sign * float(target) == sums.top && y - top_start < kBlock &&
         std::none_of(row + top_start, row + y, [&](T other) { return other == target; });

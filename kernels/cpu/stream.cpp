@@ -258,21 +258,23 @@ bool finish(
       usable &= scale > 1e-30f;
     }
     const int64_t y = tile.in.targets[i];
+    if (y >= tile.in.vocab)
+      continue;
     const double flat = base2.flatness(double(tile.target_x[i])), factor = kept.scale[y / kWaveRows * kept.stride + i];
     kept.values[y * kept.stride + i] = BFloat16(float(flat * std::expm1(double(logps[i])) / factor));
   }
   return usable;
 }
 
-// One tile: its row results into `out` (of its tokens), and its columns
 template <typename W, bool kSoftcap, bool kStats>
-Sparse run(
+Scanned run(
     Tile& tile, std::vector<Chunk>& chunks, double workspace_mb, const RowResults& out, Exponentials& kept) {
   const auto& in = tile.in;
   Streamer<W, kSoftcap, kStats> streamer(tile, kept);
   const int64_t n = in.n, count = int64_t(chunks.size());
   for (int64_t i = 0; i < n; ++i) {
-    const double x = streamer.base2.core(double(streamer.target_logit(i))) * streamer.base2.factor;
+    const double raw = in.bounds ? in.bounds[i] : streamer.target_logit(i);
+    const double x = streamer.base2.core(raw) * streamer.base2.factor;
     tile.bound[i] = std::isfinite(x) ? float(x) : x > 0 ? 0.f : kNoBound;  // rises with the first block
   }
   TokenSums<double> all;
@@ -344,14 +346,14 @@ Sparse run(
       chunk.e = {};
   }
 
-  std::vector<double> lse2(tile.padded, kInfinity);
-  std::vector<double> dropped(n);
+  Scanned found{false, std::vector<double>(tile.padded, kInfinity), std::vector<double>(n)};
+  auto& lse2 = found.lse2;
   bool finite = true;
   for (int64_t i = 0; i < n; ++i) {
     const double log2_s = std::log2(all.s[i]);
     lse2[i] = all.m[i] + log2_s;
     finite &= std::isfinite(lse2[i]);
-    dropped[i] = all.dropped[i] / all.s[i];
+    found.dropped[i] = all.dropped[i] / all.s[i];
     out.logps[i] = float(streamer.base2.to_natural(tile.target_x[i] - all.m[i]) - kLn2 * log2_s);
     out.lse[i] = float(streamer.base2.to_natural(all.m[i]) + kLn2 * log2_s);
     if constexpr (kStats) {
@@ -364,7 +366,8 @@ Sparse run(
   if (keep == Keep::kExponentials)
     kept.usable &= finite && !streamer.overflowed && finish(tile, streamer.base2, lse2, out.logps, kept);
   // A NaN or infinite lse has no order of masses to choose by
-  return keep == Keep::kCandidates && finite ? choose(tile, chunks, lse2, std::move(dropped)) : Sparse{};
+  found.candidates = keep == Keep::kCandidates && finite;
+  return found;
 }
 
 template <typename W>
@@ -375,39 +378,11 @@ auto runner(bool softcap, bool stats) {
 
 }  // namespace
 
-std::vector<Sparse> stream_forward(
-    const StreamInputs& in, int64_t tile_tokens, double grad_tol, double workspace_mb, const RowResults& out,
-    Exponentials& kept) {
-  const bool softcap = in.transform.softcap.has_value(), stats = out.entropy != nullptr;
-  const auto one = in.float_weight ? runner<float>(softcap, stats) : runner<BFloat16>(softcap, stats);
-  std::vector<Chunk> chunks((in.vocab + kChunk - 1) / kChunk);
-  std::vector<Sparse> tiles;
-  int64_t dense = 0;
-  for (int64_t first = 0; first < in.n; first += tile_tokens) {
-    StreamInputs part = in;
-    part.hidden += first * in.width;
-    part.targets += first;
-    part.n = std::min(tile_tokens, in.n - first);
-    // Where most tiles turn out dense, the search for columns is not worth its time
-    const bool search = 2 * dense <= int64_t(tiles.size()) + 1;
-    Tile tile(part, search ? grad_tol : 0);
-    const auto at = [&](auto* values) { return values ? values + first : nullptr; };
-    Exponentials of_tile{at(kept.values), at(kept.scale), in.n};
-    tiles.push_back(one(
-        tile, chunks, workspace_mb,
-        {at(out.logps), at(out.lse), at(out.entropy), at(out.mean_logits), at(out.log_sum_sq_probs), at(out.is_top1)},
-        of_tile));
-    kept.usable &= of_tile.usable;
-    // Other tiles find their candidates elsewhere: what all of them needed once may be more than one may hold
-    size_t held = 0;
-    for (const auto& chunk : chunks)
-      held += chunk.e.size() * sizeof(float);
-    if (double(held) > workspace_mb * 0x1p20 / 2)
-      for (auto& chunk : chunks)
-        chunk.e = {};
-    dense += !tiles.back().columns.defined();
-  }
-  return tiles;
+Scanned scan(Tile& tile, std::vector<Chunk>& chunks, double workspace_mb, const RowResults& out, Exponentials& kept) {
+  const bool softcap = tile.in.transform.softcap.has_value(), stats = out.entropy != nullptr;
+  chunks.resize((tile.in.vocab + kChunk - 1) / kChunk);
+  return (tile.in.float_weight ? runner<float>(softcap, stats) : runner<BFloat16>(softcap, stats))(
+      tile, chunks, workspace_mb, out, kept);
 }
 
 }  // namespace fastdpo

@@ -17,15 +17,16 @@ struct StreamInputs {
   bool float_weight;
   int64_t weight_stride;
   const float* bias;  // [V] or null
-  const int64_t* targets;  // [n], all in [0, V)
+  const int64_t* targets;  // [n], in [0, V]; V: on another rank, its logit counts as 0
   int64_t n, vocab, width;  // width: H, even
   Transform transform;
+  const float* bounds = nullptr;  // [n] raw logits that stand somewhere in their rows; null: the targets'
 };
 
 // What a tile keeps (fastdpo/compaction.py): of P = p[:, columns] only the entries that are worth their memory, a
 // fifth of it on real text. Not defined: the softmax was not sparse enough, the tile is to be handled as dense.
 struct Sparse {
-  at::Tensor columns;  // int32 [k] ascending, every target among them
+  at::Tensor columns;  // int32 [k] ascending, every target of this rank among them
   at::Tensor starts;  // int32 [k + 1] entries of column c: starts[c] .. starts[c+1]-1
   at::Tensor entries;  // int32 [e] token << 16 | bits of p in bf16
   at::Tensor dropped;  // float32 [n] probability outside of the entries

@@ -85,7 +85,7 @@ struct Tile {
       return a.column != b.column ? a.column < b.column : a.token < b.token;
     });
     bound.assign(padded, -kNoBound);  // a padding token: 2^(x - 1e30) is nothing, whatever the bias
-    target_x.resize(in.n);
+    target_x.assign(in.n, 0.f);  // of a target on another rank: 0
     target_raw.resize(in.n);
   }
 
@@ -126,6 +126,19 @@ struct Tile {
       to[k] += factor * float(row[k]);
   }
 };
+
+// What a pass over the vocabulary leaves for the choice of columns
+struct Scanned {
+  bool candidates;  // false: none, or too many; the tile is dense
+  std::vector<double> lse2;  // [padded], base 2; infinite for padding
+  std::vector<double> dropped;  // [n] probability of the columns dropped at once
+};
+
+// One tile: its row results into `out` (of its tokens), and its candidates into the chunks. `kept`: where grad_tol is 0.
+Scanned scan(Tile&, std::vector<Chunk>&, double workspace_mb, const RowResults& out, Exponentials& kept);
+
+// Frees what candidates of another tile needed, where it is more than one tile may hold (half of the workspace).
+void trim(std::vector<Chunk>&, double workspace_mb);
 
 // The columns and entries to keep among the chunks' candidates; dropped [n]: what was dropped before. lse2 [padded]: in
 // base 2, infinite for padding. Not defined where they would be too many.

@@ -101,7 +101,8 @@ def row_forward_kernel(
         return
     pointer = logits + row_start(row, rows, stride_g, stride_r)
     head, body = aligned_part(pointer, vocab, PEEL, VEC)
-    z_y = transformed(tl.load(pointer + y).to(tl.float32), inner, outer, KIND)[0]
+    # A target of V is on another rank (fastdpo/parallel.py): its logit counts as 0, of which every transform makes 0
+    z_y = transformed(tl.load(pointer + y, mask=y < vocab, other=0.0).to(tl.float32), inner, outer, KIND)[0]
 
     if PEEL:  # issued before the main loop, used after it
         # The row's first program does them all
@@ -191,7 +192,7 @@ def row_combine_kernel(
     if y < 0:
         finish_masked(row, logps, lse, entropy, mean_logits, is_top1, log_sum_sq_probs)
         return
-    raw = tl.load(logits + row_start(row, rows, stride_g, stride_r) + y)
+    raw = tl.load(logits + row_start(row, rows, stride_g, stride_r) + y, mask=y < vocab, other=0.0)
     z_y = transformed(raw.to(tl.float32), inner, outer, KIND)[0]
     split = tl.arange(0, SPLITS)
     there = split < splits
@@ -213,7 +214,7 @@ STATS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
 
 def row_forward(
     logits: Tensor,  # [G, R, V]; inner stride 1, any strides outside
-    targets: Tensor,  # int64 [G*R]; -1: the row is not read, and all its results are 0
+    targets: Tensor,  # int64 [G*R]; as eager.row_forward
     transform: Transform,
     stats: tuple[str, ...],
 ) -> list[Tensor]:
