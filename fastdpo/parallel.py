@@ -128,8 +128,8 @@ class SequenceParallel:
 
     For `sequence_parallel=` of the losses: every rank passes its part of hidden (or logits) and labels, any positions
     of each of the same sequences in the same order (padded `[2B, T/ranks, ...]`, or packed with its own cu_seqlens; a
-    rank may hold none of a sequence). Token logps are of the rank's own positions; sequence logps, loss and rewards are of
-    whole sequences and the same on every rank. Labels must have been shifted before they were split; reference logps
+    rank may hold none of a sequence). Token logps are of the rank's own positions; sequence logps, loss and rewards are
+    of whole sequences and the same on every rank. Labels must have been shifted before they were split; reference logps
     are of whole sequences, `[2B]`, or per token of the rank's part.
 
     Args:

@@ -116,13 +116,12 @@ def forward(
     """logps, lse and stats (as row_forward), each `[N]`; and what spares the backward work, where there will be one."""
     rows = counted(targets)
     x, y = _select(hidden, rows, head.dtype), targets if rows is None else targets[rows]
-    if not any(needs):
-        head = head._replace(grad_tol=0.0)
+    compact = any(needs) and head.grad_tol > 0
     if head.parallel is not None:
         head = head._replace(grad_tol=head.grad_tol / head.parallel.ranks)
-    frozen = head.grad_tol > 0 and not any(needs[1:])
+    frozen = compact and not any(needs[1:])
     run = _streamed if head.streams() else _from_tiles
-    if head.parallel is not None and head.grad_tol > 0 and head.streams():
+    if head.parallel is not None and compact and head.streams():
         run = _streamed_share
     step = _FROZEN_TILES * _COMPACT_TOKENS if frozen else max(1, len(x))
     parts, tiles, logits = [], [], None
@@ -134,7 +133,7 @@ def forward(
         parts.append(results)
         tiles += [(start + first, start + last, compact) for first, last, compact in kept]
     results = [torch.cat(column) for column in zip(*parts, strict=True)]
-    if head.parallel is not None and head.grad_tol == 0:  # compact tiles needed it before
+    if head.parallel is not None and not compact:  # compact tiles needed it before
         results, _ = head.parallel.merge(results, y, stats)
     if rows is not None:
         results = [r.new_zeros(targets.shape).index_copy(0, rows, r) for r in results]
@@ -149,7 +148,8 @@ def _streamed(head: Head, x: Tensor, y: Tensor, stats: tuple[str, ...], keep: bo
     fits = len(x) * head.weight.shape[0] * head.dtype.itemsize <= head.workspace_mb * 2**20
     whole = keep and head.grad_tol == 0 and fits and head.parallel is None
     results, kept, exponentials = head.kernels.stream_forward(
-        x, head.weight, head.bias, y, head.transform, stats, step, head.grad_tol, head.workspace_mb, whole
+        *(x, head.weight, head.bias, y, head.transform, stats),
+        *(step, head.grad_tol, keep, head.workspace_mb, whole),
     )
     if exponentials is not None:
         return results, [(0, len(x), exponentials)], None

@@ -309,13 +309,15 @@ def test_streamed_tile(vocab: int, tokens: int, weight_dtype: torch.dtype, trans
     labels[-1] = (logits[-1] * transform.logit_scale).argmax()
     truth = eager.row_forward(logits[None], labels, transform, stats)
     plain = eager.row_forward(logits.float()[None], labels, transform, stats)
-    results, (compact,), _ = cpu.stream_forward(hidden, weight, bias, labels, transform, stats, 256, TOL, 256.0)
+    results, (compact,), _ = cpu.stream_forward(hidden, weight, bias, labels, transform, stats, 256, TOL, True, 256.0)
     for name, result, true, yardstick in zip(("logps", "lse", *stats), results, truth, plain, strict=True):
         if name == "is_top1":
             assert torch.equal(result, true)
         else:
-            assert_close(result, true, yardstick, unit=10)
-    again, (nothing,), _ = cpu.stream_forward(hidden, weight, bias, labels, transform, (), 256, 0.0, 256.0)
+            # From 16,384 columns on, those that cannot matter are summed from 8-bit products
+            screened = {"entropy": 3e-4, "mean_logits": 5e-3}.get(name, 3e-5) if vocab >= 16384 else 0
+            assert_close(result, true, yardstick, unit=max(10, screened / 2e-6))
+    again, (nothing,), _ = cpu.stream_forward(hidden, weight, bias, labels, transform, (), 256, 0.0, False, 256.0)
     assert nothing is None
     assert_close(again[0], truth[0], plain[0], unit=10)
     if compact is not None:
@@ -340,7 +342,7 @@ def test_the_bound_holds_of_entries(tokens: int, sharp: float, tol: float, seed:
     hidden, weight, labels = (
         x.bfloat16() if x.is_floating_point() else x for x in peaked(tokens, 5003, 8, sharp, seed)
     )
-    _, (kept,), _ = cpu.stream_forward(hidden, weight, None, labels, Transform(), (), tokens, tol, 256.0)
+    _, (kept,), _ = cpu.stream_forward(hidden, weight, None, labels, Transform(), (), tokens, tol, True, 256.0)
     if kept is None:
         return
     assert kept.dropped.sum() <= tol * tokens * 1.001
@@ -366,7 +368,7 @@ def test_streamed_small_entries() -> None:
     bias[columns], bias[0] = -16.3, 0.0
     labels = torch.zeros(tokens, dtype=torch.int64)
     results, (kept,), _ = cpu.stream_forward(
-        hidden, weight.bfloat16(), bias, labels, Transform(), (), tokens, tol, 256.0
+        hidden, weight.bfloat16(), bias, labels, Transform(), (), tokens, tol, True, 256.0
     )
     assert kept is not None and 8000 < len(kept.columns) < 15000 and len(kept.entries) == tokens * len(kept.columns)
     probs = torch.exp(hidden.double() @ weight.double().T + bias.double() - results[1].double()[:, None])
@@ -388,7 +390,7 @@ def test_streamed_extremes() -> None:
     labels[:10] = logits[:10].nan_to_num(neginf=0).argmin(1)
     truth = eager.row_forward(logits[None], labels, Transform(), ("entropy",))
     (logps, lse, entropy), (compact,), _ = cpu.stream_forward(
-        hidden, weight, bias, labels, Transform(), ("entropy",), 256, TOL, 256.0
+        hidden, weight, bias, labels, Transform(), ("entropy",), 256, TOL, True, 256.0
     )
     torch.testing.assert_close(logps.double(), truth[0], rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(lse.double(), truth[1], rtol=1e-6, atol=1e-4)
@@ -404,7 +406,7 @@ def test_streamed_far_from_zero(level: float) -> None:
     assert not isinstance(cpu, str)
     hidden, weight, labels = peaked(250, 9001, 32)
     hidden, weight, bias = hidden.bfloat16(), weight.bfloat16(), torch.full((9001,), level)
-    results, (kept,), _ = cpu.stream_forward(hidden, weight, bias, labels, Transform(), (), 256, TOL, 256.0)
+    results, (kept,), _ = cpu.stream_forward(hidden, weight, bias, labels, Transform(), (), 256, TOL, True, 256.0)
     assert kept is not None
     logits = (hidden.double() @ weight.double().T).float() + bias  # as float32 holds them
     probs = torch.softmax(logits.double(), dim=1)[:, kept.columns].T
@@ -428,7 +430,7 @@ def test_streamed_nan_stays_with_its_token(tol: float) -> None:
         hidden[bad] = torch.nan
         labels = torch.zeros(tokens, dtype=torch.int64)
         (logps, lse), (kept,), _ = cpu.stream_forward(
-            hidden, weight.contiguous(), None, labels, Transform(), (), 256, tol, 256.0
+            hidden, weight.contiguous(), None, labels, Transform(), (), 256, tol, True, 256.0
         )
         truth = torch.log_softmax(hidden.double() @ weight.double().T, 1)[:, 0]
         torch.testing.assert_close(logps.double(), truth, rtol=1e-6, atol=1e-4, equal_nan=True)
@@ -445,7 +447,7 @@ def test_streamed_masked_target() -> None:
     bias[5] = -torch.inf
     labels = torch.full((40,), 5)
     for tol in (TOL, 0.0):
-        (logps, lse), _, _ = cpu.stream_forward(hidden, weight, bias, labels, Transform(), (), 256, tol, 256.0)
+        (logps, lse), _, _ = cpu.stream_forward(hidden, weight, bias, labels, Transform(), (), 256, tol, True, 256.0)
         truth = torch.logsumexp(hidden.double() @ weight.double().T + bias.double(), 1)
         torch.testing.assert_close(lse.double(), truth, rtol=1e-6, atol=1e-4)
         assert (logps == -torch.inf).all()
@@ -463,7 +465,7 @@ def test_streamed_late_column(vocab: int) -> None:
     weight[7, 0], weight[late, 1], weight[9, 1] = 40.0, 40.0, 10.0
     labels = torch.full((256,), 7)
     labels[255] = 9
-    _, (kept,), _ = cpu.stream_forward(hidden, weight.bfloat16(), None, labels, Transform(), (), 256, TOL, 256.0)
+    _, (kept,), _ = cpu.stream_forward(hidden, weight.bfloat16(), None, labels, Transform(), (), 256, TOL, True, 256.0)
     assert kept is not None and {7, 9, late} <= set(kept.columns.tolist())
 
 
@@ -500,7 +502,7 @@ def test_streamed_backward(add: bool, weight_dtype: torch.dtype, transform: Tran
     assert not isinstance(cpu, str)
     hidden, weight, labels = peaked(233, 3001, 700, sharp=0.2)
     hidden, weight = hidden.bfloat16(), weight.to(weight_dtype)
-    (logps, lse), kept, _ = cpu.stream_forward(hidden, weight, None, labels, transform, (), 96, 2**-6, 256.0)
+    (logps, lse), kept, _ = cpu.stream_forward(hidden, weight, None, labels, transform, (), 96, 2**-6, True, 256.0)
     assert None not in kept
     g = torch.randn(233)
     dx, dw, db = torch.empty(233, 700), torch.full_like(weight, 0.5), torch.full((3001,), 0.5)

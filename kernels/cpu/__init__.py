@@ -89,17 +89,19 @@ def stream_forward(
     stats: tuple[str, ...],
     tile_tokens: int,
     grad_tol: float,
+    search: bool,
     workspace_mb: float,
     keep: bool = False,
 ) -> tuple[list[Tensor], list[Sparse | None], Exponentials | None]:
     """row_forward's results straight from hidden states (float32 logits, never as a whole); each tile's kept columns.
 
-    None in their place where grad_tol is 0 or the softmax is not sparse enough (or the workspace too small to see it).
+    None in their place without `search`, or where grad_tol is 0 or the softmax not sparse enough (or the workspace too
+    small to see it). With grad_tol > 0 columns that cannot matter are summed from 8-bit products (screen.h).
     With grad_tol = 0 and `keep`, what the exact backward needs of every logit; None where one left bf16's range.
     """
     out = torch.ops.fastdpo_cpu.stream_forward(
         *(hidden.contiguous(), weight, _float(bias), targets, *transform),
-        *(bool(stats), tile_tokens, grad_tol, workspace_mb, keep),
+        *(bool(stats), tile_tokens, grad_tol, search, workspace_mb, keep),
     )
     count = 2 + (len(_STATS) if stats else 0)
     results = _ordered(out[:count], stats)

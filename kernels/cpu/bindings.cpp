@@ -132,7 +132,7 @@ void append(std::vector<Tensor>& out, const Sparse& tile, const Tensor& like) {
 std::vector<Tensor> stream(
     const Tensor& hidden, const Tensor& weight, const OptTensor& bias, const Tensor& targets, double logit_scale,
     std::optional<double> softcap, double temperature, bool stats, int64_t tile_tokens, double grad_tol,
-    double workspace_mb, bool keep) {
+    bool search, double workspace_mb, bool keep) {
   TORCH_CHECK(0 < tile_tokens && tile_tokens <= 65536, "tile_tokens: expected 1 to 65536, got ", tile_tokens);
   const auto in = stream_inputs(hidden, weight, bias, targets, {logit_scale, softcap, temperature});
   auto [out, results] = row_results(hidden, in.n, stats);
@@ -144,7 +144,7 @@ std::vector<Tensor> stream(
     kept.values = values.data_ptr<at::BFloat16>();
     kept.scale = scale.data_ptr<float>();
   }
-  const auto tiles = stream_forward(in, tile_tokens, grad_tol, workspace_mb, results, kept);
+  const auto tiles = stream_forward(in, tile_tokens, grad_tol, search, workspace_mb, results, kept);
   if (keep) {
     out.push_back(kept.usable ? values : at::empty({0, in.n}, hidden.options()));
     out.push_back(scale);
@@ -274,7 +274,7 @@ TORCH_LIBRARY(fastdpo_cpu, m) {
   m.def("streams() -> bool", streams);
   m.def(
       "stream_forward(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float logit_scale, float? softcap, "
-      "float temperature, bool stats, int tile_tokens, float grad_tol, float workspace_mb, bool keep) -> Tensor[]",
+      "float temperature, bool stats, int tile_tokens, float grad_tol, bool search, float workspace_mb, bool keep) -> Tensor[]",
       stream);
   m.def(
       "stream_backward(Tensor hidden, Tensor weight, Tensor targets, Tensor logps, Tensor lse, Tensor grad_logps, "

@@ -37,10 +37,12 @@ HEADERS = (
     "gradient.h",
     "kernels.h",
     "pack.h",
+    "screen.h",
     "simd.h",
     "stream.h",
     "stream_forward.h",
     "stream_tile.h",
+    "streamer.h",
     "tasks.h",
     "transform.h",
 )

@@ -43,11 +43,11 @@ struct Exponentials {
   bool usable = true;  // false: a logit left the range of these numbers
 };
 
-// Row results of all tokens; and one Sparse for each tile of tile_tokens. Dropped: at most grad_tol * n in sum.
-// grad_tol = 0: no columns; `kept` where it is not null. workspace_mb bounds what the search for columns may hold; a tile that needs more is
-// dense.
+// Row results of all tokens; and, with `search`, one Sparse for each tile of tile_tokens. grad_tol: what may be left out
+// of the columns, at most grad_tol * n in sum, and of products in bf16 (screen.h); 0: nothing, no columns, and `kept`
+// where it is not null. workspace_mb bounds what the search may hold; a tile that needs more is dense.
 std::vector<Sparse> stream_forward(
-    const StreamInputs&, int64_t tile_tokens, double grad_tol, double workspace_mb, const RowResults& out,
+    const StreamInputs&, int64_t tile_tokens, double grad_tol, bool search, double workspace_mb, const RowResults& out,
     Exponentials& kept);
 
 // d(sum grad_logps*logps + grad_entropy*entropy) / d(raw logits of columns first .. last-1), transposed: out [last-first, n]

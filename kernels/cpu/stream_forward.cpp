@@ -31,8 +31,8 @@ void trim(std::vector<Chunk>& chunks, double workspace_mb) {
 }
 
 std::vector<Sparse> stream_forward(
-    const StreamInputs& in, int64_t tile_tokens, double grad_tol, double workspace_mb, const RowResults& out,
-    Exponentials& kept) {
+    const StreamInputs& in, int64_t tile_tokens, double grad_tol, bool search, double workspace_mb,
+    const RowResults& out, Exponentials& kept) {
   std::vector<Chunk> chunks;
   std::vector<Sparse> tiles;
   int64_t dense = 0;
@@ -41,7 +41,7 @@ std::vector<Sparse> stream_forward(
     part.hidden += first * in.width;
     part.targets += first;
     part.n = std::min(tile_tokens, in.n - first);
-    Tile tile(part, worth_searching(dense, int64_t(tiles.size())) ? grad_tol : 0);
+    Tile tile(part, worth_searching(dense, int64_t(tiles.size())) ? grad_tol : 0, search);
     Exponentials of_tile{
         kept.values ? kept.values + first : nullptr, kept.scale ? kept.scale + first : nullptr, in.n};
     auto scanned = scan(tile, chunks, workspace_mb, from(out, first), of_tile);
@@ -49,14 +49,14 @@ std::vector<Sparse> stream_forward(
         scanned.candidates ? choose(tile, chunks, scanned.lse2, std::move(scanned.dropped)) : Sparse{});
     kept.usable &= of_tile.usable;
     trim(chunks, workspace_mb);
-    dense += !tiles.back().columns.defined();
+    dense += !scanned.trusted || (search && !tiles.back().columns.defined());
   }
   return tiles;
 }
 
 void TileScan::rows(const StreamInputs& in, double grad_tol, double workspace_mb, const RowResults& out) {
   Exponentials none{nullptr, nullptr, in.n};
-  tile_.emplace(in, worth_searching(dense_, tiles_) ? grad_tol : 0);
+  tile_.emplace(in, worth_searching(dense_, tiles_) ? grad_tol : 0, true);
   workspace_mb_ = workspace_mb;
   scanned_ = scan(*tile_, chunks_, workspace_mb, out, none);
 }

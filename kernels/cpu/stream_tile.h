@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "pack.h"
-#include "simd.h"
+#include "screen.h"
 #include "stream.h"
 
 namespace fastdpo {
@@ -45,12 +45,14 @@ struct Chunk {
   std::vector<float> e;  // [at least the candidates, padded n]: 2^(x - sums.m)
   std::vector<float> row_sum;  // [H] sum of mass * weight[v] over dropped columns; mass: by the bound of their time
   double row_mass = 0;
+  int64_t again = 0;  // columns screened in vain
 
   void reset(int64_t padded, int64_t width) {
     sums.reset(padded, 0);
     columns.clear();
     row_sum.assign(width, 0.f);
     row_mass = 0;
+    again = 0;
   }
 
   // Where the e of the next candidates go. Doubles by hand: resize() would zero what is about to be written
@@ -69,15 +71,19 @@ struct Target {
 struct Tile {
   StreamInputs in;  // of the tile's tokens alone
   int64_t padded;  // n, up to whole vectors
-  double grad_tol;
+  double grad_tol;  // what may be left out; 0: nothing
+  bool search;  // for columns to keep
+  Screen screen;
   std::vector<c10::BFloat16> packed;  // hidden.T in pairs of k: [H/2, padded, 2]
   std::vector<Target> targets;  // by column
   std::vector<float> bound;  // [padded] x of base 2, at most lse
   // [n] of the target, from the same product as every other logit: x, and the raw logit (negated for a negative scale)
   std::vector<float> target_x, target_raw;
 
-  Tile(const StreamInputs& inputs, double tol)
-      : in(inputs), padded((in.n + kLanes - 1) / kLanes * kLanes), grad_tol(tol) {
+  Tile(const StreamInputs& inputs, double tol, bool with_columns)
+      : in(inputs), padded((in.n + kLanes - 1) / kLanes * kLanes), grad_tol(tol), search(with_columns && tol > 0) {
+    if (grad_tol > 0 && in.width <= kScreenWidth && in.vocab >= kScreenVocab)
+      screen = Screen(in.hidden, in.n, in.width, padded);
     packed = pack_hidden(in.hidden, in.n, in.width, padded);
     for (int64_t i = 0; i < in.n; ++i)
       targets.push_back({in.targets[i], i});
@@ -87,6 +93,12 @@ struct Tile {
     bound.assign(padded, -kNoBound);  // a padding token: 2^(x - 1e30) is nothing, whatever the bias
     target_x.assign(in.n, 0.f);  // of a target on another rank: 0
     target_raw.resize(in.n);
+  }
+
+  void make_dense() {
+    grad_tol = 0;
+    search = false;
+    screen = {};
   }
 
   std::vector<Target>::const_iterator first_target(int64_t column) const {
@@ -129,7 +141,8 @@ struct Tile {
 
 // What a pass over the vocabulary leaves for the choice of columns
 struct Scanned {
-  bool candidates;  // false: none, or too many; the tile is dense
+  bool trusted = false;  // false: 8-bit products were not enough
+  bool candidates = false;  // false: none sought, or too many; the tile is dense
   std::vector<double> lse2;  // [padded], base 2; infinite for padding
   std::vector<double> dropped;  // [n] probability of the columns dropped at once
 };
