@@ -277,13 +277,6 @@ def test_models_that_would_leak_are_refused(architecture, kernel, reason, option
         PackedForward(model, option)
 
 
-def test_a_model_that_takes_no_lengths_is_refused():
-    model = kit.fused_model("falcon")
-    model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match=r"FalconForCausalLM .* takes no lengths of sequences \(cu_seq_lens_q\)"):
-        PackedForward(model, "padding_free")
-
-
 def test_an_unknown_kernel_is_refused():
     model = kit.fused_model("llama")
     model.config._attn_implementation = "paged|sdpa"

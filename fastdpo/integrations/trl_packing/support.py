@@ -76,8 +76,7 @@ def plan(model: Any, option: str) -> Plan:
         raise refusal(option, model, f"it has {found} that do not stop where a sequence does")
     if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", False):
         raise refusal(option, model, "its attention is not causal")
-    takes = inspect.signature(type(model.base_model).forward).parameters
-    if "position_ids" not in takes:
+    if "position_ids" not in inspect.signature(type(model.base_model).forward).parameters:
         raise refusal(option, model, "it takes no position_ids, so a sequence could not start anew")
 
     windows = {name: window if name == "sliding_attention" else None for name in types} or {"every layer": window}
@@ -87,8 +86,6 @@ def plan(model: Any, option: str) -> Plan:
     if is_flash_attention_requested(config):
         if option == "shared_prompt":
             raise refusal(option, model, f"{name} knows no mask of pairs; expected sdpa, flex_attention or eager")
-        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in takes.values()):
-            raise refusal(option, model, "it takes no lengths of sequences (cu_seq_lens_q), which FlashAttention needs")
         return Plan("flash", windows)
     if len(windows) > 1 and not _takes_a_mask_per_type(type(model.base_model)):
         raise refusal(option, model, f"it takes no attention mask for each of {', '.join(types)}")
