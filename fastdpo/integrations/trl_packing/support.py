@@ -18,9 +18,10 @@ from transformers.utils.generic import is_flash_attention_requested
 from .attention import SEGMENTS, additive_mask, block_mask, flash_keywords, register, segment_table
 from .layout import Layout, layout
 
-# Per row, in multiples of what the first token of a sequence changes in the later ones. A leak or a wrong position
-# changes more than that, rounding to bf16 less than a tenth of it.
-_PROBE_TOLERANCE = 0.1
+# In multiples of what another first half of a sequence changes in its second half. A leak changes as much and more;
+# rounding to bf16 0.07 of it, on Gemma 3 270M. (Another first token alone would not do: trained models attend to it
+# whatever it is.)
+_PROBE_TOLERANCE = 0.3
 
 
 @dataclass(frozen=True)
@@ -135,18 +136,18 @@ def probe(model: Any, option: str, run: Callable[[Layout, Tensor], Tensor], devi
         packed = row.unpack(run(row, row.pack(rows)))
         alone = model.base_model(input_ids=rows, use_cache=False).last_hidden_state
         other = rows.clone()
-        other[:, 0] = rows[:, 1]
+        other[:, :6] = rows.flip(1)[:, :6]
         changed = model.base_model(input_ids=other, use_cache=False).last_hidden_state
     finally:
         for module in training:
             module.training = True
-    own = (changed - alone)[:, 1:].float().norm(dim=(1, 2))
+    own = (changed - alone)[:, 6:].float().norm(dim=(1, 2))
     off = (packed - alone).float().norm(dim=(1, 2))
     if not (off <= _PROBE_TOLERANCE * own).all():
         raise refusal(
             option,
             model,
             "its hidden states of packed sequences differ from those of the same sequences alone (by "
-            f"{(off / own).max():.2g} of what another first token changes); sequences leak into "
+            f"{(off / own).max():.2g} of what another first half changes); sequences leak into "
             "each other, or positions do not start anew",
         )
