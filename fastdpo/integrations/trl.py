@@ -28,7 +28,7 @@ from ..options import head_options
 try:
     import trl as _trl
 
-    from .trl_reference import CachedReferenceTrainer
+    from .trl_packing import PackingTrainer
 except ImportError as error:
     raise ImportError(f"fastdpo.integrations.trl needs TRL: pip install fastdpo[trl] ({error})") from error
 
@@ -165,7 +165,7 @@ def patched(**head_keywords: Any) -> Iterator[None]:
         _before_patch = found_before
 
 
-class FastDPOTrainer(CachedReferenceTrainer):
+class FastDPOTrainer(PackingTrainer):
     """`trl.DPOTrainer` with fastdpo's head: same arguments, same losses, metrics and checkpoints.
 
     Every loss_type and option of `trl.DPOConfig`: the losses are TRL's own. TRL is patched during this trainer's own
@@ -173,8 +173,10 @@ class FastDPOTrainer(CachedReferenceTrainer):
 
     With `reference_cache=` no reference model is loaded: `CachedReferenceTrainer`.
 
+    With `padding_free=True` no padding is computed; with `shared_prompt=True`, nor any prompt twice: `PackingTrainer`.
+
     Raises:
-        As `trl.DPOTrainer`, `patch` and `CachedReferenceTrainer`.
+        As `trl.DPOTrainer`, `patch`, `CachedReferenceTrainer` and `PackingTrainer`.
     """
 
     #: Keywords of `linear_token_logps` (grad_tol, workspace_mb, backend); set on a subclass or an instance

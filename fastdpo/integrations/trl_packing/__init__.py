@@ -1,0 +1,5 @@
+"""DPO on batches without padding, and with each prompt once: `padding_free` and `shared_prompt` of FastDPOTrainer."""
+
+from .trainer import PackingTrainer
+
+__all__ = ["PackingTrainer"]
