@@ -39,6 +39,10 @@ class FastDPOArguments:
     reference: str | None = field(
         default=None, metadata={"help": "Name of the reference in --reference_cache; default: the only one."}
     )
+    shared_prompt: bool = field(
+        default=False,
+        metadata={"help": "Run each prompt once for both completions; --padding_free alone spares the padding only."},
+    )
     trainer: str = field(
         default="fastdpo",
         metadata={"help": "fastdpo, or trl: TRL's own DPOTrainer, for comparison.", "choices": ["fastdpo", "trl"]},
@@ -96,6 +100,8 @@ def run(own: FastDPOArguments, script: Any, config: Any, model: Any, mixture: An
         raise DataError("--model_name_or_path: not given, expected a model folder or a name on the Hugging Face Hub")
     if own.trainer == "trl" and own.reference_cache is not None:
         raise DataError(f"--reference_cache {own.reference_cache}: only FastDPOTrainer reads it, not --trainer trl")
+    if own.trainer == "trl" and own.shared_prompt:
+        raise DataError("--shared_prompt: only FastDPOTrainer knows it, not --trainer trl")
     train_data, eval_data = _datasets(own, script, config, mixture)
     # As `trl dpo` builds its model
     config.model_init_kwargs = {
@@ -116,7 +122,10 @@ def run(own: FastDPOArguments, script: Any, config: Any, model: Any, mixture: An
     output = Path(config.output_dir)
     recorder = RunRecorder(output / "metrics.jsonl", append=bool(config.resume_from_checkpoint))
     trainer_class: Any = DPOTrainer if own.trainer == "trl" else FastDPOTrainer
-    cached = {} if own.trainer == "trl" else {"reference_cache": own.reference_cache, "reference": own.reference}
+    further: dict[str, Any] = {}
+    if own.trainer == "fastdpo":
+        further = {"reference_cache": own.reference_cache, "reference": own.reference}
+        further["shared_prompt"] = own.shared_prompt
     trainer = trainer_class(
         model=model.model_name_or_path,
         args=config,
@@ -126,7 +135,7 @@ def run(own: FastDPOArguments, script: Any, config: Any, model: Any, mixture: An
         callbacks=[recorder],
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
-        **cached,
+        **further,
     )
     if script.ignore_bias_buffers:
         policy: Any = trainer.model

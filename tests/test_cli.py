@@ -110,16 +110,16 @@ def test_train_end_to_end(tiny, tmp_path, capsys):
     data = write(tmp_path / "pairs.jsonl", ROWS)
     held_out = write(tmp_path / "held_out.jsonl", ROWS[:2])
     losses = {}
-    for name in ("fastdpo", "trl"):
-        output = tmp_path / name
-        more = ("--eval_data", held_out, "--trainer", name)
+    for run in ("fastdpo", "fastdpo --shared_prompt", "trl"):
+        name, output = run.split()[0], tmp_path / run
+        more = ("--eval_data", held_out, "--trainer", *run.split())
         assert cli.main(train_arguments(tiny, data, output, *more)) == 0
         last = capsys.readouterr().out.strip().splitlines()[-1]
         assert last.startswith(f"{name}: 2 steps, ")
         assert "peak resident memory" in last
 
         found = records(output)
-        losses[name] = [r["loss"] for r in found if "loss" in r]
+        losses[run] = [r["loss"] for r in found if "loss" in r]
         assert [r["step"] for r in found if "loss" in r] == [1, 2]
         assert any("eval_rewards/accuracies" in r for r in found)
         summary = found[-1]["summary"]
@@ -135,7 +135,8 @@ def test_train_end_to_end(tiny, tmp_path, capsys):
             AutoTokenizer.from_pretrained(output)("six two")["input_ids"]
             == AutoTokenizer.from_pretrained(tiny)("six two")["input_ids"]
         )
-    assert losses["fastdpo"] == pytest.approx(losses["trl"], rel=1e-4)
+    for curve in losses.values():
+        assert curve == pytest.approx(losses["trl"], rel=1e-4)
 
 
 @needs_trl
@@ -206,6 +207,7 @@ def test_bad_arguments(tiny, tmp_path, capsys):
         (train_arguments(tiny, data, tmp_path, "--config", str(tmp_path / "none.yaml")), "no such file, expected YAML"),
         (train_arguments(str(tmp_path / "no-model"), data, tmp_path), "--model_name_or_path"),
         (train_arguments(tiny, data, tmp_path, "--nonsense", "3"), "--nonsense"),
+        (train_arguments(tiny, data, tmp_path, "--trainer", "trl", "--shared_prompt"), "only FastDPOTrainer knows it"),
         (train_arguments(tiny, data, tmp_path, "--eval_strategy", "epoch"), "needs --eval_data or --test_split_size"),
     ]
     for arguments, message in cases:
