@@ -10,11 +10,10 @@ pytest.importorskip("trl")
 import trl.kernels
 import trl.kernels.chunked_logprob
 import trl.trainer.utils
-from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 from trl import DPOTrainer, SFTConfig, SFTTrainer
-from trl_kit import PAIRS, VOCAB, assert_same_run, save_model, train, trl_as_it_was  # noqa: F401
+from trl_kit import PAIRS, VOCAB, assert_same_run, own_files, save_model, train, trl_as_it_was  # noqa: F401
 
 from fastdpo import BetaSchedule
 from fastdpo.integrations import trl as integration
@@ -64,23 +63,17 @@ def test_beta_schedule(tiny, tmp_path):
     assert logs[1]["rewards/chosen"] == pytest.approx(0.75 * constant[1]["rewards/chosen"], rel=1e-3)
 
 
+@pytest.mark.usefixtures("own_files")
 def test_precomputed_reference_equals_trl(tiny, tmp_path, monkeypatch):
     calls = []
     spied = integration.TokenLogpFunction.apply
     monkeypatch.setattr(
         integration.TokenLogpFunction, "apply", lambda self, *a: calls.append(a[0].requires_grad) or spied(self, *a)
     )
-    # TRL keeps the reference logps in a file named after data and model: give each trainer its own
-    for i, name in enumerate(("trl", "fastdpo")):
-        (tmp_path / name).mkdir()
-        monkeypatch.setattr(
-            Dataset, "_get_cache_file_path", lambda self, f, folder=tmp_path / name: str(folder / f"cache-{f}.arrow")
-        )
-        trainer = train((DPOTrainer, FastDPOTrainer)[i], tiny, tmp_path / name, precompute_ref_log_probs=True)
-        if i == 0:
-            theirs = trainer
-            assert not calls
-    assert_same_run(theirs, trainer)
+    theirs = train(DPOTrainer, tiny, tmp_path / "trl", precompute_ref_log_probs=True)
+    assert not calls
+    mine = train(FastDPOTrainer, tiny, tmp_path / "fastdpo", precompute_ref_log_probs=True)
+    assert_same_run(theirs, mine)
     assert calls.count(True) == 3, "three steps"
     assert calls.count(False) >= 3, "the reference pass over six pairs"
 

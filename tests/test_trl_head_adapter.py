@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from trl import DPOTrainer
 from trl.trainer import dpo_trainer
 from trl.trainer.utils import FusedCausalLMOutput
-from trl_kit import PAIRS, assert_same_run, make, save_model, train, trl_as_it_was  # noqa: F401
+from trl_kit import PAIRS, assert_same_run, make, own_files, save_model, train, trl_as_it_was  # noqa: F401
 
 from fastdpo.integrations.output_head import UnsupportedHead
 from fastdpo.integrations.trl import FastDPOTrainer
@@ -128,7 +128,7 @@ def test_an_existing_adapter_and_its_ref_copy(tiny, tmp_path, config):
     def build(model: Any) -> Any:
         made = get_peft_model(model, config)
         with torch.no_grad():
-            for name, parameter in made.named_parameters():
+            for parameter in made.parameters():
                 if parameter.requires_grad:
                     parameter += 0.05 * torch.randn_like(parameter)
         return made
@@ -145,10 +145,9 @@ def test_tokens_added_to_a_tied_model(tied, tmp_path):
     assert type(head).__name__ == "TrainableTokensWrapper"
 
 
-def test_precomputed_reference_and_new_data(tiny, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("own_files")
+def test_precomputed_reference_and_new_data(tiny, tmp_path):
     """The reference pass at construction has the adapter disabled."""
-    (tmp_path / "rows").mkdir()
-    monkeypatch.setattr(Dataset, "_get_cache_file_path", lambda self, f: str(tmp_path / "rows" / f"cache-{f}.arrow"))
     arguments = {"peft_config": NEW["lora"]}
     live = train(FastDPOTrainer, tiny, tmp_path / "live", arguments=arguments)
     once = train(FastDPOTrainer, tiny, tmp_path / "once", arguments=arguments, precompute_ref_log_probs=True)
@@ -158,8 +157,8 @@ def test_precomputed_reference_and_new_data(tiny, tmp_path, monkeypatch):
 
 
 def test_what_is_not_known_is_refused_at_construction(tiny, tmp_path):
+    config = IA3Config(target_modules=["lm_head"], feedforward_modules=[], task_type="CAUSAL_LM")
     with pytest.raises(UnsupportedHead, match=r"head: an LM head that is a peft\.tuners\.ia3\.layer\.Linear"):
-        config = IA3Config(target_modules=["lm_head"], feedforward_modules=[], task_type="CAUSAL_LM")
         make(FastDPOTrainer, tiny, tmp_path, arguments={"peft_config": config})
     model = AutoModelForCausalLM.from_pretrained(tiny)
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.to(torch.int8), requires_grad=False)

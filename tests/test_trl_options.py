@@ -14,7 +14,7 @@ import numpy as np
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 from trl import DPOTrainer
-from trl_kit import PAIRS, assert_same_run, assert_same_weights, make, save_model, train, trl_as_it_was  # noqa: F401
+from trl_kit import PAIRS, assert_same_run, assert_same_weights, make, own_files, save_model, train, trl_as_it_was  # noqa: F401
 
 from fastdpo.integrations.trl import FastDPOTrainer
 
@@ -72,18 +72,14 @@ def test_a_reference_of_its_own(tiny, other, tmp_path, settings):
 
 
 @pytest.mark.parametrize("reference", [False, True], ids=["policy", "ref_model"])
-def test_precomputed_reference(tiny, other, tmp_path, monkeypatch, reference):
+@pytest.mark.usefixtures("own_files")
+def test_precomputed_reference(tiny, other, tmp_path, reference):
     runs = []
-    for kind in TRAINERS:  # TRL keeps the reference logps in a file named after data and model: each its own
-        folder = tmp_path / kind.__name__
-        folder.mkdir()
-        monkeypatch.setattr(
-            Dataset, "_get_cache_file_path", lambda self, f, folder=folder: str(folder / f"cache-{f}.arrow")
-        )
+    for kind in TRAINERS:
         arguments = {"eval_dataset": Dataset.from_list(PAIRS[:3])}
         arguments |= {"ref_model": AutoModelForCausalLM.from_pretrained(other)} if reference else {}
         settings = {"precompute_ref_log_probs": True, "precompute_ref_batch_size": 4, "eval_strategy": "steps"}
-        runs.append(train(kind, tiny, folder, arguments=arguments, eval_steps=2, **settings))
+        runs.append(train(kind, tiny, tmp_path / kind.__name__, arguments=arguments, eval_steps=2, **settings))
     assert_same_run(*runs)
     assert any("eval_loss" in record for record in runs[1].state.log_history)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,13 @@ def trl_as_it_was() -> Iterator[None]:
     yield
     integration.unpatch()
     assert integration._current() == ORIGINAL_SITES
+
+
+@pytest.fixture
+def own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL keeps precomputed logps in a file named after data and model; here each trainer computes its own."""
+    numbers = itertools.count()
+    monkeypatch.setattr(Dataset, "_get_cache_file_path", lambda *_: str(tmp_path / f"cache-{next(numbers)}.arrow"))
 
 
 def config_of(config_class: type, output: Path, **settings: Any) -> Any:
@@ -77,6 +85,8 @@ def assert_same_run(theirs: Any, mine: Any) -> None:
 def assert_same_weights(theirs: Any, mine: Any) -> None:
     weights = dict(mine.named_parameters())
     for name, weight in theirs.named_parameters():
+        if name.endswith("k_proj.bias"):  # softmax over the keys does not see it: its gradient is rounding alone
+            continue
         # Adam's first steps are of the size of the learning rate wherever the gradient is not zero; a gradient that is
         # zero but for rounding may go either way
         off = (weights[name] - weight).abs() > 2e-5
