@@ -34,7 +34,7 @@ def output_head(head: nn.Module, hidden: Tensor) -> HeadProduct:
     """What `head(hidden)` computes, as one product, differentiable in all that takes part in it.
 
     Exact but for rounding, as the head stands now: training or not (dropout is drawn here), which adapters are
-    active, disabled or merged. Hooks of the head are not run.
+    active, disabled or merged. Hooks of the head are not run. A bare head's weight may be a DTensor still.
 
     Args:
         head: `model.get_output_embeddings()`: nn.Linear, or one of PEFT's layers on it (peft_head.py). A kind of your
@@ -61,6 +61,11 @@ def _(head: nn.Linear, hidden: Tensor) -> HeadProduct:
         raise unsupported(head, "which has a forward of its own")
     check_weight(head.weight)
     return HeadProduct(hidden, head.weight, head.bias)
+
+
+def whole(parameter: Any) -> Tensor:
+    """A parameter that FSDP2 shards, gathered; any other as it is."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 def is_bare(head: object) -> bool:

@@ -16,10 +16,9 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ..inputs import product_dtype
-from .output_head import HeadProduct, check_weight, computes_as, product_of, unsupported
+from .output_head import HeadProduct, check_weight, computes_as, product_of, unsupported, whole
 
 _Terms = list[tuple[Tensor, Tensor]]  # logits = sum of input @ matrix.T, [..., K] and [V, K]
 
@@ -42,11 +41,11 @@ def _lora(head: lora.Linear, hidden: Tensor) -> HeadProduct:
             terms, bias = _with_dora(head, name, x, terms, bias)
         elif variant is None:
             dropped = head.lora_dropout[name](x)
-            terms = [*terms, (_inner(head, name, dropped), _whole(head.lora_B[name].weight))]
+            terms = [*terms, (_inner(head, name, dropped), whole(head.lora_B[name].weight))]
             outer_bias = head.lora_B[name].bias
             if outer_bias is not None:
-                outer_bias = head.scaling[name] * _whole(outer_bias)
-                bias = outer_bias if bias is None else _whole(bias) + outer_bias
+                outer_bias = head.scaling[name] * whole(outer_bias)
+                bias = outer_bias if bias is None else whole(bias) + outer_bias
         else:
             raise unsupported(head, f"whose adapter {name!r} is a {type(variant).__name__}")
     return _joined(terms, bias, hidden) if len(terms) > 1 else base
@@ -60,15 +59,15 @@ def _with_dora(
     As the terms and (m / norm - 1) times them: of a product in bf16 the latter alone keeps small changes of m.
     """
     bottom = head.get_base_layer()
-    weight, outer = _whole(bottom.weight), _whole(head.lora_B[name].weight)
+    weight, outer = whole(bottom.weight), whole(head.lora_B[name].weight)
     norm = _norms(head, name, weight, outer, x.dtype)
-    gain = (_whole(head.lora_magnitude_vector[name].weight) / norm).unsqueeze(1)  # [V, 1]
+    gain = (whole(head.lora_magnitude_vector[name].weight) / norm).unsqueeze(1)  # [V, 1]
     dropout = head.lora_dropout[name]
     if isinstance(dropout, nn.Identity) or not head.training:
-        changed = [(given, (gain - 1) * _whole(matrix)) for given, matrix in terms]
+        changed = [(given, (gain - 1) * whole(matrix)) for given, matrix in terms]
         # The layer's own bias is outside of DoRA; an earlier adapter's is inside
         if bias is not None and bias is not bottom.bias:
-            inside = bias if bottom.bias is None else bias - _whole(bottom.bias)
+            inside = bias if bottom.bias is None else bias - whole(bottom.bias)
             bias = bias + (gain[:, 0] - 1) * inside
     else:  # PEFT then takes W from the dropped input, and no other adapter
         x = dropout(x)
@@ -78,7 +77,7 @@ def _with_dora(
 
 def _norms(head: lora.Linear, name: str, weight: Tensor, outer: Tensor, dtype: torch.dtype) -> Tensor:
     """Norm of each row of W + s B A, `[V]`."""
-    inner, scaling = _whole(head.lora_A[name].weight), head.scaling[name]
+    inner, scaling = whole(head.lora_A[name].weight), head.scaling[name]
     norms: Any = head.lora_magnitude_vector[name].get_weight_norm
     blocks = zip(weight.detach().split(_NORM_ROWS), outer.detach().split(_NORM_ROWS), strict=True)
     with torch.no_grad():
@@ -96,7 +95,7 @@ def _target_parameter(head: lora.ParamWrapper, hidden: Tensor) -> HeadProduct:
     if head.parameter_name != "weight" or head.base_layer is not head.get_base_layer():
         raise unsupported(head, f"on its {head.parameter_name}")
     deltas = [head.get_delta_weight(name) for name in _active(head)]
-    return base._replace(weight=_whole(base.weight) + sum(deltas[1:], deltas[0])) if deltas else base
+    return base._replace(weight=whole(base.weight) + sum(deltas[1:], deltas[0])) if deltas else base
 
 
 @product_of.register
@@ -141,17 +140,12 @@ def _active(head: lora.LoraLayer) -> list[str]:
 
 def _inner(head: lora.Linear, name: str, x: Tensor) -> Tensor:
     """s x A', `[..., r]`."""
-    return F.linear(x, _whole(head.lora_A[name].weight)) * head.scaling[name]
-
-
-def _whole(parameter: Any) -> Tensor:
-    """FSDP2's parameters, gathered."""
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+    return F.linear(x, whole(head.lora_A[name].weight)) * head.scaling[name]
 
 
 def _joined(terms: _Terms, bias: Tensor | None, hidden: Tensor) -> HeadProduct:
     """All terms as one product, in the dtype in which it will run."""
     dtype = product_dtype(hidden)
     inputs = torch.cat([given.to(dtype) for given, _ in terms], -1)
-    matrix = torch.cat([_whole(matrix).to(dtype) for _, matrix in terms], -1)
-    return HeadProduct(inputs, matrix, None if bias is None else _whole(bias))
+    matrix = torch.cat([whole(matrix).to(dtype) for _, matrix in terms], -1)
+    return HeadProduct(inputs, matrix, None if bias is None else whole(bias))

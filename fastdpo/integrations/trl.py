@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ..head import linear_token_logps
 from ..options import head_options
-from .output_head import check_head, check_weight, output_head
+from .output_head import check_head, check_weight, output_head, whole
 from .zero3 import regathered
 
 try:
@@ -117,6 +117,7 @@ class TokenLogpFunction:
                 check_weight(weight)
             else:
                 hidden, weight, bias = output_head(head, hidden)
+                weight, bias = whole(weight), whole(bias)
             result = linear_token_logps(
                 hidden,
                 weight,
@@ -228,7 +229,11 @@ class FastDPOTrainer(CachedReferenceTrainer):
 
     def _fused_models(self) -> list[Any]:
         """Policy and reference, those whose forward TRL fused with the head."""
-        models = [self.accelerator.unwrap_model(model) for model in (self.model, self.ref_model) if model is not None]
+        models = [
+            self.accelerator.unwrap_model(model, keep_torch_compile=False)
+            for model in (self.model, self.ref_model)
+            if model is not None
+        ]
         return [model.get_base_model() if is_peft_model(model) else model for model in models]
 
 

@@ -1,10 +1,12 @@
-"""DeepSpeed ZeRO-3: the head's data is there only while it is gathered; with the real one where it is installed."""
+"""A sharded head. ZeRO-3: its data is there only while gathered; and DeepSpeed itself, where installed, and FSDP2."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -114,24 +116,50 @@ def test_an_adapter_on_the_head(tiny, monkeypatch, dora):
         assert torch.equal(a, b)
 
 
-# --- DeepSpeed itself, on the CPU ------------------------------------------------------------------------------------
+# --- the real ones, on the CPU ----------------------------------------------------------------------------------------
 
 
-def run(tiny: str, output: Path, *words: str) -> Any:
-    """What zero3_run.py prints, of a process of its own."""
+def run(tiny: str, output: Path, kind: str, how: str) -> Any:
+    """What sharded_run.py prints, in processes of its own."""
     here = Path(__file__).parent
     path = os.pathsep.join([str(here.parent), str(here), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, str(here / "zero3_run.py"), tiny, str(output), *words]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, str(here / "sharded_run.py"), tiny, str(output), kind, how]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started = []
+    for rank in "01" if how == "ddp" else "0":
+        ranked = {} if how in ("plain", "fsdp2") else {"RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port}
+        started.append(subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path, **ranked}, **pipes))
+    printed = [process.communicate(timeout=120) for process in started]
+    for process, (_, errors) in zip(started, printed, strict=True):
+        assert process.returncode == 0, errors[-3000:]
+    return json.loads(printed[0][0].splitlines()[-1])
 
 
-@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
-@pytest.mark.parametrize("kind", ["full", "lora", "lora on the head"])
-def test_deepspeed_trains_as_one_process_does(tiny, tmp_path, kind):
-    theirs, mine = run(tiny, tmp_path / "plain", kind, "plain"), run(tiny, tmp_path / "zero3", kind, "zero3")
-    assert mine["partitioned"] and not theirs["partitioned"]
+@pytest.fixture(scope="module")
+def plain(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """kind -> what an ordinary run prints."""
+    return functools.cache(lambda kind: run(tiny, tmp_path_factory.mktemp("plain"), kind, "plain"))
+
+
+needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+
+
+@pytest.mark.parametrize(
+    ("how", "kind"),
+    [
+        pytest.param("zero3", "full", marks=needs_deepspeed),
+        pytest.param("zero3", "lora", marks=needs_deepspeed),
+        pytest.param("zero3", "lora on the head", marks=needs_deepspeed),
+        ("ddp", "lora on the head"),
+        ("fsdp2", "lora on the head"),
+    ],
+)
+def test_distributed_training_is_the_same(tiny, plain, tmp_path, how, kind):
+    theirs, mine = plain(kind), run(tiny, tmp_path, kind, how)
+    assert mine["sharded"] == (how != "ddp") and not theirs["sharded"]
     assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
     assert len(mine["head"]) == (3 if kind == "lora on the head" else 1)
     for name, norm in theirs["head"].items():
