@@ -20,8 +20,19 @@ from transformers import AutoModelForCausalLM
 from trl import DPOTrainer
 from trl.trainer import dpo_trainer
 from trl.trainer.utils import FusedCausalLMOutput
-from trl_kit import PAIRS, assert_same_run, make, own_files, save_model, train, trl_as_it_was  # noqa: F401
+from trl_kit import (
+    PAIRS,
+    assert_same_run,
+    assert_same_weights,
+    make,
+    own_files,  # noqa: F401
+    save_model,
+    tokenizer_of,
+    train,
+    trl_as_it_was,  # noqa: F401
+)
 
+from fastdpo.cache import ReferenceCache
 from fastdpo.integrations.output_head import UnsupportedHead
 from fastdpo.integrations.trl import FastDPOTrainer
 from fastdpo.integrations.trl_head import adapter_on_head_allowed
@@ -154,6 +165,17 @@ def test_precomputed_reference_and_new_data(tiny, tmp_path):
     assert_same_run(live, once)
     held_out = Dataset.from_list(PAIRS[:4])
     assert once.evaluate(held_out)["eval_loss"] == pytest.approx(live.evaluate(held_out)["eval_loss"], rel=1e-5)
+
+
+def test_a_cached_reference(tiny, tmp_path):
+    cache = ReferenceCache(tmp_path / "cache")
+    cache.build(tiny, tokenizer_of(tiny), PAIRS, max_length=1024, progress=False)
+    arguments = {"peft_config": NEW["dora"]}
+    live = train(FastDPOTrainer, tiny, tmp_path / "live", arguments=arguments)
+    cached = train(FastDPOTrainer, tiny, tmp_path / "cached", arguments={**arguments, "reference_cache": cache})
+    losses = [[record["loss"] for record in run.state.log_history[:3]] for run in (live, cached)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert_same_weights(live.model, cached.model)
 
 
 def test_what_is_not_known_is_refused_at_construction(tiny, tmp_path):

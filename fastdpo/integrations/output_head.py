@@ -95,13 +95,16 @@ def check_weight(weight: Tensor) -> None:
 
 def check_head(head: Any) -> None:
     """Raise UnsupportedHead where `output_head` would, before there are hidden states."""
+    if is_bare(head):
+        check_weight(head.weight)
+        return
     parameters = list(head.parameters()) if isinstance(head, nn.Module) else []
-    if is_bare(head) or not parameters:
-        output_head(head, torch.empty(0))
-    elif not any(hasattr(parameter, "ds_id") for parameter in parameters):  # ZeRO-3: they are empty now
-        width = getattr(head, "in_features", None) or parameters[0].shape[-1]
-        with torch.no_grad():
-            output_head(head, torch.empty(0, width, dtype=parameters[0].dtype, device=parameters[0].device))
+    if any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return  # ZeRO-3: they are empty now, and the first step tells
+    first = parameters[0] if parameters else torch.empty(1)
+    with torch.no_grad():
+        width = getattr(head, "in_features", first.shape[-1])
+        output_head(head, torch.empty(0, width, dtype=first.dtype, device=first.device))
 
 
 def unsupported(head: Any, because: str = "") -> UnsupportedHead:
