@@ -125,6 +125,13 @@ def test_grpo(tiny, tmp_path, scored, settings):
     assert any(record.get("grad_norm", 0) > 0 for record in run.state.log_history)
 
 
+def test_gmpo(tiny, tmp_path, scored):
+    """Of trl.experimental: GRPO's forward, a loss of its own."""
+    gmpo = pytest.importorskip("trl.experimental.gmpo")
+    settings = {"config_class": gmpo.GMPOConfig, "arguments": {"reward_funcs": length}, **ONLINE}
+    both(gmpo.GMPOTrainer, tiny, tmp_path, scored, **settings)
+
+
 @pytest.mark.parametrize("settings", [pytest.param({}, id="rloo"), pytest.param({"beta": 0.0}, id="no kl")])
 def test_rloo(tiny, tmp_path, scored, settings):
     run = both(
@@ -138,6 +145,15 @@ def test_rloo(tiny, tmp_path, scored, settings):
         **settings,
     )
     assert any(record.get("grad_norm", 0) > 0 for record in run.state.log_history)
+
+
+@pytest.mark.parametrize("kind", [(KTOTrainer, KTOConfig), (trl.DPOTrainer, trl.DPOConfig)], ids=["kto", "dpo"])
+def test_trl_still_refuses_an_adapter_on_the_head(tiny, tmp_path, kind):
+    """patch() changes no check of TRL's: there such an adapter would be ignored."""
+    config = LoraConfig(r=4, target_modules=["lm_head"], task_type="CAUSAL_LM")
+    settings = {"rows": KTO_ROWS} if kind[0] is KTOTrainer else {}
+    with patched(), pytest.raises(ValueError, match="Applying a PEFT adapter to `lm_head` is not supported"):
+        make(kind[0], tiny, tmp_path, config_class=kind[1], arguments={"peft_config": config}, **settings)
 
 
 def test_a_stock_dpo_trainer(tiny, tmp_path, scored):
