@@ -15,10 +15,10 @@ import torch
 import trl.trainer.dpo_trainer as dpo_trainer
 from datasets import Dataset
 from peft import LoraConfig
-from test_trl import assert_same_run
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig
 from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl_kit import assert_same_run
 
 from fastdpo import cli
 from fastdpo.cache import CacheError, MissingEntry, ReferenceCache

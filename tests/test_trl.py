@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 
@@ -13,103 +10,32 @@ pytest.importorskip("trl")
 import trl.kernels
 import trl.kernels.chunked_logprob
 import trl.trainer.utils
-from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from transformers import AutoModelForCausalLM
+from trl import DPOTrainer, SFTConfig, SFTTrainer
+from trl_kit import PAIRS, VOCAB, assert_same_run, own_files, save_model, train, trl_as_it_was  # noqa: F401
 
-from fastdpo import BetaSchedule, demo_task
+from fastdpo import BetaSchedule
 from fastdpo.integrations import trl as integration
 from fastdpo.integrations.trl import FastDPOTrainer, patch, patched, unpatch
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 ORIGINAL = trl.kernels.chunked_logprob.ChunkedLogProbFunction
-ORIGINAL_SITES = integration._current()
-VOCAB = 203  # ragged
-PAIRS = [pair._asdict() for pair in demo_task.pairs(demo_task.prompts(0, 6), 0)]
-
-
-@pytest.fixture(autouse=True)
-def _trl_as_it_was():
-    yield
-    unpatch()
-    assert integration._current() == ORIGINAL_SITES
+COMPLETIONS = [{"prompt": pair["prompt"], "completion": pair["rejected"]} for pair in PAIRS]
+LORA = {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")}
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> str:
-    """A folder with a random model of 203 tokens and a tokenizer of words."""
-    folder = tmp_path_factory.mktemp("tiny")
-    tokenizer = demo_task.tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        initializer_range=0.2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-def train(trainer_class: type, config_class: type, tiny: str, output: Path, lora: bool = False, **settings: Any) -> Any:
-    """Three steps of two rows in float32; returns the trainer."""
-    args = config_class(
-        output_dir=str(output),
-        max_steps=3,
-        per_device_train_batch_size=2,
-        learning_rate=1e-3,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        bf16=False,
-        use_cpu=True,
-        seed=1,
-        **settings,
-    )
-    rows = PAIRS if config_class is DPOConfig else [{"prompt": p["prompt"], "completion": p["rejected"]} for p in PAIRS]
-    adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM") if lora else None
-    trainer = trainer_class(
-        model=AutoModelForCausalLM.from_pretrained(tiny),
-        args=args,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=AutoTokenizer.from_pretrained(tiny),
-        peft_config=adapter,
-    )
-    trainer.train()
-    return trainer
-
-
-def assert_same_run(theirs: Any, mine: Any) -> None:
-    """Equal logs (all metrics, not the loss alone) and weights, to float32 rounding."""
-    skip = ("runtime", "per_second", "flos")
-    for a, b in zip(theirs.state.log_history, mine.state.log_history, strict=True):
-        assert a.keys() == b.keys()
-        for key in a:
-            if not any(word in key for word in skip):
-                assert b[key] == pytest.approx(a[key], rel=2e-4, abs=2e-4), key
-    weights = dict(mine.model.named_parameters())
-    for name, weight in theirs.model.named_parameters():
-        # Adam's first steps are of the size of the learning rate wherever the gradient is not zero; a gradient that is
-        # zero but for rounding may go either way
-        off = (weights[name] - weight).abs() > 2e-5
-        assert off.float().mean() < 2e-3, f"{name}: {int(off.sum())} of {off.numel()} weights differ"
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.mark.parametrize(
     "settings",
     [
         pytest.param({}, id="plain"),
-        pytest.param({"lora": True}, id="lora"),
+        pytest.param({"arguments": LORA}, id="lora"),
         pytest.param({"use_weighting": True}, id="wpo"),
         pytest.param({"loss_type": ["ipo", "sft"], "loss_weights": [1.0, 0.5]}, id="two_losses"),
         pytest.param({"loss_type": "discopop", "f_divergence_type": "js_divergence"}, id="f_divergence"),
@@ -120,8 +46,8 @@ def assert_same_run(theirs: Any, mine: Any) -> None:
     ],
 )
 def test_three_steps_equal_trl(tiny, tmp_path, settings):
-    theirs = train(DPOTrainer, DPOConfig, tiny, tmp_path / "trl", **settings)
-    mine = train(FastDPOTrainer, DPOConfig, tiny, tmp_path / "fastdpo", **settings)
+    theirs = train(DPOTrainer, tiny, tmp_path / "trl", **settings)
+    mine = train(FastDPOTrainer, tiny, tmp_path / "fastdpo", **settings)
     assert len(mine.state.log_history) == 4
     assert_same_run(theirs, mine)
 
@@ -130,43 +56,36 @@ def test_beta_schedule(tiny, tmp_path):
     class Scheduled(FastDPOTrainer):
         beta_schedule = BetaSchedule(0.4, 0.1, 3)
 
-    logs = train(Scheduled, DPOConfig, tiny, tmp_path / "scheduled").state.log_history
+    logs = train(Scheduled, tiny, tmp_path / "scheduled").state.log_history
     assert [record["beta"] for record in logs[:3]] == pytest.approx([0.4, 0.3, 0.2])
-    constant = train(FastDPOTrainer, DPOConfig, tiny, tmp_path / "constant", beta=0.4).state.log_history
+    constant = train(FastDPOTrainer, tiny, tmp_path / "constant", beta=0.4).state.log_history
     assert logs[0]["rewards/chosen"] == constant[0]["rewards/chosen"]
     assert logs[1]["rewards/chosen"] == pytest.approx(0.75 * constant[1]["rewards/chosen"], rel=1e-3)
 
 
+@pytest.mark.usefixtures("own_files")
 def test_precomputed_reference_equals_trl(tiny, tmp_path, monkeypatch):
     calls = []
     spied = integration.TokenLogpFunction.apply
     monkeypatch.setattr(
         integration.TokenLogpFunction, "apply", lambda self, *a: calls.append(a[0].requires_grad) or spied(self, *a)
     )
-    # TRL keeps the reference logps in a file named after data and model: give each trainer its own
-    for i, name in enumerate(("trl", "fastdpo")):
-        (tmp_path / name).mkdir()
-        monkeypatch.setattr(
-            Dataset, "_get_cache_file_path", lambda self, f, folder=tmp_path / name: str(folder / f"cache-{f}.arrow")
-        )
-        trainer = train(
-            (DPOTrainer, FastDPOTrainer)[i], DPOConfig, tiny, tmp_path / name, precompute_ref_log_probs=True
-        )
-        if i == 0:
-            theirs = trainer
-            assert not calls
-    assert_same_run(theirs, trainer)
+    theirs = train(DPOTrainer, tiny, tmp_path / "trl", precompute_ref_log_probs=True)
+    assert not calls
+    mine = train(FastDPOTrainer, tiny, tmp_path / "fastdpo", precompute_ref_log_probs=True)
+    assert_same_run(theirs, mine)
     assert calls.count(True) == 3, "three steps"
     assert calls.count(False) >= 3, "the reference pass over six pairs"
 
 
 def test_patch_serves_other_trainers(tiny, tmp_path, monkeypatch):
-    theirs = train(SFTTrainer, SFTConfig, tiny, tmp_path / "trl")
+    settings = {"config_class": SFTConfig, "rows": COMPLETIONS}
+    theirs = train(SFTTrainer, tiny, tmp_path / "trl", **settings)
     calls = []
     spied = integration.TokenLogpFunction.apply
     monkeypatch.setattr(integration.TokenLogpFunction, "apply", lambda self, *a: calls.append(1) or spied(self, *a))
     with patched():
-        mine = train(SFTTrainer, SFTConfig, tiny, tmp_path / "patched")
+        mine = train(SFTTrainer, tiny, tmp_path / "patched", **settings)
     assert len(calls) == 3
     assert_same_run(theirs, mine)
 
@@ -241,9 +160,9 @@ def test_errors():
     arguments = (torch.randn(5, 4), torch.randn(9, 4), None, torch.arange(5), 1.0, 4, None, 1.0)
     with pytest.raises(ValueError, match="outputs: unknown entry 'entropie'"):
         function.apply(*arguments, ("log_probs", "entropie"))
-    arguments[1].ds_id = 0  # what DeepSpeed sets on a partitioned parameter
-    with pytest.raises(NotImplementedError, match="weight: an LM head partitioned by DeepSpeed ZeRO-3"):
-        function.apply(*arguments)
+    quantised = (arguments[0], arguments[1].to(torch.float8_e4m3fn), *arguments[2:])
+    with pytest.raises(NotImplementedError, match=r"weight: an LM head that holds Tensor torch.float8_e4m3fn \[9, 4\]"):
+        function.apply(*quantised)
     with pytest.raises(ValueError, match="workspace_mb"):
         patch(workspace_mb=-1)
     with pytest.raises(ValueError, match="unknown backend"), patched(backend="cuda"):

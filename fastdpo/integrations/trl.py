@@ -9,6 +9,8 @@ or, for any TRL trainer that scores tokens (SFT, DPO, KTO, GRPO, RLOO, ...):
 
     from fastdpo.integrations.trl import patch
     patch()
+
+FastDPOTrainer also trains adapters on the LM head, which TRL refuses (trl_head.py, output_head.py).
 """
 
 from __future__ import annotations
@@ -20,14 +22,19 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..head import linear_token_logps
 from ..options import head_options
+from .output_head import check_head, check_weight, output_head, whole
+from .zero3 import regathered
 
 try:
     import trl as _trl
+    from accelerate.utils import is_peft_model
+    from trl.trainer import utils as _trl_utils
 
+    from .trl_head import adapter_on_head_allowed, whole_heads
     from .trl_packing import PackingTrainer
 except ImportError as error:
     raise ImportError(f"fastdpo.integrations.trl needs TRL: pip install fastdpo[trl] ({error})") from error
@@ -42,6 +49,7 @@ _SITES = (
     ("trl.kernels", _FUNCTION),
     ("trl.kernels.chunked_logprob", _FUNCTION),
 )
+_NEEDED = (("trl.trainer.utils", "maybe_gather_lm_head_ctx"),)  # and used as it is
 _ARGUMENTS = (
     *("ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size"),
     *("final_logit_softcapping", "logit_scale", "outputs"),
@@ -62,6 +70,8 @@ class TokenLogpFunction:
                 raise TypeError(f"{name}: not a keyword of patch(); expected some of grad_tol, workspace_mb, backend")
         head_options(**head_keywords)
         self.head_keywords = head_keywords
+        #: The head that the next call is of, where weight and bias alone do not say it (trl_head.py)
+        self.head: nn.Module | None = None
 
     def apply(
         self,
@@ -79,7 +89,8 @@ class TokenLogpFunction:
 
         Args:
             hidden: `[N, H]`, any float dtype; autocast holds.
-            weight: `[V, H]`; a DTensor must have been gathered (TRL does).
+            weight: `[V, H]`; a DTensor must have been gathered (TRL does), and a parameter that DeepSpeed ZeRO-3
+                partitions be gathered for this call (TRL does); the backward gathers it again.
             bias: `[V]` or None.
             targets: int64 `[N]`; -100 is allowed: the position is not read and its results are 0.
             temperature, final_logit_softcapping, logit_scale: as for `linear_token_logps`.
@@ -92,30 +103,32 @@ class TokenLogpFunction:
 
         Raises:
             ValueError: an unknown entry in outputs; whatever `linear_token_logps` raises.
-            NotImplementedError: a weight partitioned by DeepSpeed ZeRO-3.
+            UnsupportedHead: a quantised weight.
         """
         for name in outputs:
             if name not in ("log_probs", *_OUTPUTS):
                 raise ValueError(f"outputs: unknown entry {name!r}, expected log_probs, {', '.join(_OUTPUTS)}")
-        for name, parameter in (("weight", weight), ("bias", bias)):
-            # TRL gathers the head for the forward; ours would find it partitioned again in the backward
-            if hasattr(parameter, "ds_id"):
-                raise NotImplementedError(
-                    f"{name}: an LM head partitioned by DeepSpeed ZeRO-3 is not supported by fastdpo; "
-                    "use ZeRO-2 or FSDP2, or TRL's own DPOTrainer"
-                )
         stats = tuple(name for name in _OUTPUTS if name in outputs)
-        result = linear_token_logps(
-            hidden,
-            weight,
-            targets,
-            bias=bias,
-            temperature=temperature,
-            softcap=final_logit_softcapping,
-            logit_scale=logit_scale,
-            stats=stats,
-            **self.head_keywords,
-        )
+        head, self.head = self.head, None
+        parameters = [weight, bias] if head is None else list(head.parameters())
+        gather = _trl_utils.maybe_gather_lm_head_ctx
+        with gather(*parameters), regathered(parameters, gather):
+            if head is None:
+                check_weight(weight)
+            else:
+                hidden, weight, bias = output_head(head, hidden)
+                weight, bias = whole(weight), whole(bias)
+            result = linear_token_logps(
+                hidden,
+                weight,
+                targets,
+                bias=bias,
+                temperature=temperature,
+                softcap=final_logit_softcapping,
+                logit_scale=logit_scale,
+                stats=stats,
+                **self.head_keywords,
+            )
         return result.logps, result.entropy, result.log_sum_sq_probs, result.mean_logits, result.is_top1
 
 
@@ -149,7 +162,7 @@ def unpatch() -> None:
 
 
 @contextmanager
-def patched(**head_keywords: Any) -> Iterator[None]:
+def patched(**head_keywords: Any) -> Iterator[TokenLogpFunction]:
     """`patch()` for the length of a with-block, which restores exactly what was there before; nests.
 
     For one trainer at a time: TRL's names are the process's, so trainers in several threads would undo each other.
@@ -157,9 +170,10 @@ def patched(**head_keywords: Any) -> Iterator[None]:
     """
     global _before_patch
     found, found_before = _current(), _before_patch
-    _install(TokenLogpFunction(**head_keywords))
+    function = TokenLogpFunction(**head_keywords)
+    _install(function)
     try:
-        yield
+        yield function
     finally:
         _restore(found)
         _before_patch = found_before
@@ -175,7 +189,11 @@ class FastDPOTrainer(PackingTrainer):
 
     With `padding_free=True` no padding is computed; with `shared_prompt=True`, nor any prompt twice: `PackingTrainer`.
 
+    An adapter on the LM head, which `trl.DPOTrainer` refuses, is trained: PEFT's LoRA and DoRA, `target_parameters`,
+    `modules_to_save`, `trainable_token_indices` (peft_head.py).
+
     Raises:
+        UnsupportedHead: any other head, such as a quantised one.
         As `trl.DPOTrainer`, `patch`, `CachedReferenceTrainer` and `PackingTrainer`.
     """
 
@@ -186,18 +204,39 @@ class FastDPOTrainer(PackingTrainer):
     #: (a plain function as a staticmethod) or an instance; logged as "beta"
     beta_schedule: Callable[[int], float] | None = None
 
+    def __init__(self, *args: Any, **keywords: Any) -> None:
+        with adapter_on_head_allowed():
+            super().__init__(*args, **keywords)
+        for model in self._fused_models():
+            check_head(model.get_output_embeddings())
+
     def _compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool) -> Any:
         if self.beta_schedule is not None:
             self.beta = self.beta_schedule(self.state.global_step)
             mode = "train" if cast(Any, self.model).training else "eval"
             self._metrics[mode]["beta"].append(self.beta)
-        with patched(**self.head_keywords):
+        with self._fast_head():
             return super()._compute_loss(model, inputs, return_outputs)
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Reference sequence logps, chosen and rejected, each `[B]`, of one padded batch of TRL's collator."""
-        with patched(**self.head_keywords):
+        with self._fast_head():
             return super().compute_ref_log_probs(model, inputs)
+
+    @contextmanager
+    def _fast_head(self) -> Iterator[None]:
+        """TRL's fused forward scores tokens with fastdpo, and with all that the head computes."""
+        with patched(**self.head_keywords) as function, whole_heads(function, self._fused_models()):
+            yield
+
+    def _fused_models(self) -> list[Any]:
+        """Policy and reference, those whose forward TRL fused with the head."""
+        models = [
+            self.accelerator.unwrap_model(model, keep_torch_compile=False)
+            for model in (self.model, self.ref_model)
+            if model is not None
+        ]
+        return [model.get_base_model() if is_peft_model(model) else model for model in models]
 
 
 # --- the sites -------------------------------------------------------------------------------------------------------
@@ -210,7 +249,7 @@ def _always_compact(device: torch.device) -> bool:
 def _current() -> list[Any]:
     """What TRL has at each site now; raises unless it is a TRL whose internals this module knows."""
     found, missing = [], []
-    for module, name in _SITES:
+    for module, name in (*_SITES, *_NEEDED):
         try:
             found.append(getattr(importlib.import_module(module), name))
         except (ImportError, AttributeError):
@@ -220,6 +259,7 @@ def _current() -> list[Any]:
             f"fastdpo.integrations.trl knows the internals of TRL 1.16; TRL {_trl.__version__} has no "
             f"{', '.join(missing)}. Install trl==1.16.0."
         )
+    del found[len(_SITES) :]
     for value in found:
         forward = getattr(value, "forward", None)
         if forward is not None and tuple(inspect.signature(forward).parameters) != _ARGUMENTS:

@@ -1,0 +1,116 @@
+"""An LM head as one product: the hidden states, weight and bias that `linear_token_logps` needs to equal head(hidden).
+
+Of a bare nn.Linear these are what it holds. A head that computes anything else has a weight that does not say so: an
+adapter, a quantised weight. Each kind of head that is known here has a function that says exactly what it computes
+(PEFT's: peft_head.py); any other raises, by name.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import singledispatch
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class HeadProduct(NamedTuple):
+    """logits = hidden @ weight.T + bias"""
+
+    hidden: Tensor  # [..., K]; K is H of a bare head
+    weight: Tensor  # [V, K]
+    bias: Tensor | None  # [V]
+
+
+class UnsupportedHead(NotImplementedError):
+    """An LM head whose product is not known."""
+
+
+def output_head(head: nn.Module, hidden: Tensor) -> HeadProduct:
+    """What `head(hidden)` computes, as one product, differentiable in all that takes part in it.
+
+    Exact but for rounding, as the head stands now: training or not (dropout is drawn here), which adapters are
+    active, disabled or merged. Hooks of the head are not run. A bare head's weight may be a DTensor still.
+
+    Args:
+        head: `model.get_output_embeddings()`: nn.Linear, or one of PEFT's layers on it (peft_head.py). A kind of your
+            own: `product_of.register(MyHead, lambda head, hidden: HeadProduct(...))`.
+        hidden: `[..., H]`.
+
+    Raises:
+        UnsupportedHead: any other head, named.
+    """
+    if "peft" in sys.modules:  # else there is no layer of it
+        from . import peft_head  # noqa: F401  (registers)
+    return product_of(head, hidden)
+
+
+@singledispatch
+def product_of(head: Any, hidden: Tensor) -> HeadProduct:
+    """`output_head` by the head's type: `register` adds one."""
+    raise unsupported(head)
+
+
+@product_of.register
+def _(head: nn.Linear, hidden: Tensor) -> HeadProduct:
+    if not computes_as(head, nn.Linear):
+        raise unsupported(head, "which has a forward of its own")
+    check_weight(head.weight)
+    return HeadProduct(hidden, head.weight, head.bias)
+
+
+def whole(parameter: Any) -> Tensor:
+    """A parameter that FSDP2 shards, gathered; any other as it is."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def is_bare(head: object) -> bool:
+    """Whether weight and bias of the head are all there is to it."""
+    return isinstance(head, nn.Linear) and computes_as(head, nn.Linear)
+
+
+def computes_as(head: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether head's forward is that of `kind` itself, though it be a subclass; accelerate's hooks may surround it."""
+    return type(head).forward is kind.forward and ("forward" not in vars(head) or hasattr(head, "_hf_hook"))
+
+
+def check_weight(weight: Tensor) -> None:
+    """Raise UnsupportedHead for a weight that is not plain floats `[V, H]`: quantised, or offloaded."""
+    shape = getattr(weight, "ds_shape", weight.shape)  # DeepSpeed ZeRO-3: of the whole
+    if isinstance(weight, DTensor):
+        weight = weight._local_tensor
+    quantised = torch.utils._python_dispatch.is_traceable_wrapper_subclass(weight)  # torchao's
+    if quantised or weight.dtype not in _FLOATS or len(shape) != 2:
+        raise UnsupportedHead(
+            f"weight: an LM head that holds {type(weight).__name__} {weight.dtype} {list(shape)} is not supported by "
+            "fastdpo; expected [V, H] in float32, bf16 or fp16. Leave the head out of the quantisation"
+        )
+    if weight.is_meta:
+        raise UnsupportedHead("weight: the LM head is offloaded (device meta); expected it on the model's device")
+
+
+def check_head(head: Any) -> None:
+    """Raise UnsupportedHead where `output_head` would, before there are hidden states."""
+    if is_bare(head):
+        check_weight(head.weight)
+        return
+    parameters = list(head.parameters()) if isinstance(head, nn.Module) else []
+    if any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return  # ZeRO-3: they are empty now, and the first step tells
+    first = parameters[0] if parameters else torch.empty(1)
+    with torch.no_grad():
+        width = getattr(head, "in_features", first.shape[-1])
+        output_head(head, torch.empty(0, width, dtype=first.dtype, device=first.device))
+
+
+def unsupported(head: Any, because: str = "") -> UnsupportedHead:
+    """The error that names the head."""
+    kind = f"{type(head).__module__}.{type(head).__qualname__}"
+    return UnsupportedHead(
+        f"head: an LM head that is a {kind}{because and f', {because}'}, is not supported by fastdpo; expected "
+        "nn.Linear, or on it PEFT's LoRA or DoRA, target_parameters, modules_to_save or trainable_token_indices"
+    )

@@ -1,0 +1,66 @@
+"""LM heads that are more than an nn.Linear, in TRL: what they compute, where TRL reads `lm_head.weight` alone.
+
+TRL's fused forward asks the model for its head, and hands the head's weight and bias to the Function that it finds.
+For one step a stand-in answers in the head's place, and the Function is told which head it was; output_head.py says
+what that computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+from torch import Tensor, nn
+from trl.trainer import dpo_trainer
+
+from .output_head import is_bare
+from .zero3 import announce
+
+
+class HeadStandIn:
+    """What TRL asks of an LM head: a bias, and a weight, for its device and to gather it: the smallest will do."""
+
+    def __init__(self, head: nn.Module) -> None:
+        announce(head)
+        self.weight: Tensor = min(head.parameters(), key=lambda parameter: parameter.numel())
+        self.bias = None
+
+
+@contextmanager
+def whole_heads(function: Any, models: Iterable[Any]) -> Iterator[None]:
+    """Tell `function.head` of the head that a model's forward asks for, where that is not a bare nn.Linear.
+
+    Args:
+        function: the Function that TRL finds; its `apply` takes `head`, and leaves None.
+        models: whose `get_output_embeddings` TRL's fused forward calls.
+    """
+    with ExitStack() as stack:
+        for model in models:
+            head = model.get_output_embeddings()
+            if not is_bare(head):
+                stack.enter_context(mock.patch.object(model, "get_output_embeddings", _standing_in(function, head)))
+        yield
+
+
+def _standing_in(function: Any, head: nn.Module) -> Any:
+    def get_output_embeddings() -> HeadStandIn:
+        function.head = head
+        return HeadStandIn(head)
+
+    return get_output_embeddings
+
+
+class _NoLayer:
+    """Nothing is one."""
+
+
+@contextmanager
+def adapter_on_head_allowed() -> Iterator[None]:
+    """TRL's DPOTrainer refuses a PEFT layer on the head, which it would ignore; not within this block."""
+    if not hasattr(dpo_trainer, "BaseTunerLayer"):  # PEFT is not installed
+        yield
+        return
+    with mock.patch.object(dpo_trainer, "BaseTunerLayer", _NoLayer):
+        yield
