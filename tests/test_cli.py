@@ -36,14 +36,14 @@ def write(path: Path, rows: list) -> str:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> str:
     """A folder with a random model and a tokenizer of words, without a chat template."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import Qwen3Config, Qwen3ForCausalLM
 
     from fastdpo import demo_task
 
     folder = tmp_path_factory.mktemp("tiny")
     tokenizer = demo_task.tokenizer()
     torch.manual_seed(0)
-    config = Qwen2Config(
+    config = Qwen3Config(  # of Qwen2 AutoTokenizer would make its own tokenizer, not one of words
         vocab_size=203,
         hidden_size=32,
         intermediate_size=64,
@@ -53,7 +53,7 @@ def tiny(tmp_path_factory) -> str:
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    Qwen2ForCausalLM(config).save_pretrained(folder)
+    Qwen3ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 
