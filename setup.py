@@ -15,7 +15,7 @@ setup(
     package_dir={"fastdpo": "fastdpo", "fastdpo.gpu": "kernels/gpu", "fastdpo.cpu": "kernels/cpu"},
     packages=[
         *("fastdpo", "fastdpo.cache", "fastdpo.gpu", "fastdpo.cpu", "fastdpo.losses"),
-        *("fastdpo.integrations", "fastdpo.integrations.liger"),
+        *("fastdpo.integrations", "fastdpo.integrations.liger", "fastdpo.integrations.transformers"),
     ],
     package_data={"fastdpo": ["py.typed"], "fastdpo.cpu": ["*.cpp", "*.h"]},
     install_requires=["torch>=2.8", "ninja", "numpy"],
