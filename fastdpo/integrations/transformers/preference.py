@@ -33,8 +33,8 @@ class PreferenceCollator:
     none `ref_chosen_logps` and `ref_rejected_logps`, the sums of the reference.
 
     A batch: `input_ids`, `attention_mask`, `completion_labels` (-100 on prompt and padding) `[2B, T]`, `ref_logps`
-    `[2B]` float32, and `labels` `[B, 2]`, (-100, 1) per pair: what the Trainer counts, so that a loss is a mean over all
-    pairs of an optimiser step, however they are spread over accumulated batches and processes.
+    `[2B]` float32, and `labels` `[B, 2]`, (-100, 1) per pair: what the Trainer counts, so that a loss is a mean over
+    all pairs of an optimiser step, however they are spread over accumulated batches and processes.
 
     Args:
         pad_token_id: an int.
@@ -91,8 +91,8 @@ class PreferenceLoss(TrainerCallback):
 
     The batches are `PreferenceCollator`'s. The loss is a mean over the pairs of the whole optimiser step: with gradient
     accumulation and several processes too (a loss that is no mean over pairs is so within each batch: sft over the
-    tokens, aot over the sorted batch). Given also as a callback (`callbacks=[loss]`), it adds rewards, accuracies and the
-    other names of `fastdpo.preference_metrics` to what the Trainer logs, means over the batches since it last did.
+    tokens, aot over the sorted batch). Given also as a callback (`callbacks=[loss]`), it adds rewards, accuracies and
+    the other names of `fastdpo.preference_metrics` to what the Trainer logs, means over the batches since it last did.
 
     Args:
         keywords: `beta`, `loss_type`, `label_smoothing` and the options of `fastdpo.dpo_loss`; a schedule for beta
