@@ -207,7 +207,11 @@ def test_another_ones_forward_comes_back():
     own = model.forward
     calls = []
     model.forward = theirs = lambda *a, **k: calls.append(1) or own(*a, **k)
+    with pytest.raises(ValueError, match="its forward was replaced already"):
+        fused_head(model)
+    model._hf_hook = None  # accelerate's device_map
     fused_head(model, check=False)
+    assert isinstance(model(**batch()), FusedOutput) and not calls
     model(batch()["input_ids"])
     assert calls == [1]
     unfuse_head(model)

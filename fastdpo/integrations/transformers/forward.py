@@ -63,7 +63,7 @@ class FusedOutput(ModelOutput):
 class _State:
     keywords: dict[str, Any]
     transform: HeadTransform
-    original: Any  # the instance's own forward, if another library had set one
+    original: Any  # the instance's own forward, if accelerate's device_map had set one
 
 
 def fused_head(model: Any, *, check: bool = True, **keywords: Any) -> Any:
@@ -88,7 +88,8 @@ def fused_head(model: Any, *, check: bool = True, **keywords: Any) -> Any:
     Raises:
         TypeError: not a `PreTrainedModel` or `PeftModel`; an unknown keyword.
         ValueError: a bad keyword value; an unknown scale or cap of the logits (`head_transform`); a model whose own
-            logits are otherwise than the head, scale and cap make them; a model that is fused already.
+            logits are otherwise than the head, scale and cap make them; a model that is fused already, or whose
+            forward another library replaced (but for accelerate's device_map).
         NotImplementedError: an encoder-decoder; a head that is not one product (`lm_head`), here or at a later call.
     """
     base = _base(model)
@@ -96,6 +97,11 @@ def fused_head(model: Any, *, check: bool = True, **keywords: Any) -> Any:
         raise ValueError(f"model: this {type(base).__name__} is fused already; unfuse_head(model) first")
     if getattr(base.config, "is_encoder_decoder", False):
         raise NotImplementedError(f"model: {type(base).__name__} is an encoder-decoder; expected a decoder-only model")
+    if "forward" in base.__dict__ and not hasattr(base, "_hf_hook"):  # that of a device_map only moves what is given
+        raise ValueError(
+            "model: its forward was replaced already, and a fused head would leave that out (accelerate's autocast, ...); "
+            "fuse the head before a Trainer or accelerator.prepare takes the model"
+        )
     for name in keywords:
         if name not in _KEYWORDS:
             raise TypeError(f"{name}: not a keyword of fused_head; expected some of check, {', '.join(_KEYWORDS)}")
