@@ -1,4 +1,4 @@
-"""The LLaMA-Factory patch, on a stand-in with the interface of its published source: same log-probabilities, no logits."""
+"""The LLaMA-Factory patch, on a stand-in with the interface of its published source: same logps, no logits."""
 
 from __future__ import annotations
 

@@ -9,8 +9,8 @@ patched: `CustomDPOTrainer` (stage dpo: every pref_loss, pref_ftx, pref_bco_weig
 `fused_head`. One metric differs: logits/chosen and logits/rejected are means over the completions' tokens, as TRL's
 are, not over prompts and padding too.
 
-Written against LLaMA-Factory 0.9's published source, and tested on a stand-in with its interface: where the installed one
-has another, `patch()` raises.
+Written against LLaMA-Factory 0.9's published source, and tested on a stand-in with its interface: where the installed
+one has another, `patch()` raises.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _head_keywords: dict[str, Any] = {}
 
 
 def patch(**head_keywords: Any) -> None:
-    """Let LLaMA-Factory's DPO and KTO trainers of this process compute log-probabilities with fastdpo, until `unpatch()`.
+    """Let LLaMA-Factory's DPO and KTO trainers of this process compute token logps with fastdpo, until `unpatch()`.
 
     Call it before a trainer is built: the trainer fuses its models' heads before anything wraps them. A second call
     changes nothing but the keywords.
@@ -125,7 +125,7 @@ def _dpo_forward(self: Any, model: Any, batch: dict[str, Any], is_ref_model: boo
 
 
 def _kto_forward(self: Any, model: Any, batch: dict[str, Any], prefix: str = "") -> tuple[Tensor, Tensor]:
-    """CustomKTOTrainer.forward: (sum, mean) of each sequence's logps, each `[B]`; prefix "kl_": of the KL completions."""
+    """CustomKTOTrainer.forward: (sum, mean) of each sequence's logps, each `[B]`; prefix "kl_": the KL completions'."""
     batch = _detached(batch)
     text = ("input_ids", "attention_mask", "token_type_ids")
     inputs = {name: value for name, value in batch.items() if not name.startswith("kl_") and name not in text}
@@ -172,9 +172,7 @@ def _find(where: tuple[str, str], method: str, parameters: tuple[str, ...], ours
     try:
         found = getattr(_class(where), method)
     except AttributeError as error:
-        raise RuntimeError(
-            f"fastdpo.integrations.llama_factory knows LLaMA-Factory 0.9, which this is not: {error}"
-        ) from None
+        raise RuntimeError(f"fastdpo.integrations.llama_factory knows LLaMA-Factory 0.9; here {error}") from None
     has = tuple(inspect.signature(found).parameters)
     if has[: len(parameters)] != parameters:
         raise RuntimeError(
