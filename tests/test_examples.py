@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.util
 import json
@@ -19,6 +20,7 @@ pytest.importorskip("trl")
 pytest.importorskip("peft")
 
 import cache_kit as kit
+import torch
 from datasets import Dataset
 
 ROOT = Path(__file__).parent.parent
@@ -116,3 +118,44 @@ def test_they_are_short():
     for file in files:
         assert len(file.read_text().splitlines()) < 80, file.name
     assert len((ROOT / "examples" / "raw_loop.py").read_text().splitlines()) <= 36
+
+
+def test_the_trainers_page(common, tmp_path, monkeypatch):
+    """Every block of docs/trainers.md runs, in order, each that trains on a small model of its own."""
+    import transformers
+    import trl
+
+    import fastdpo
+    from fastdpo.integrations.transformers import is_fused
+
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "trainers.md").read_text(), flags=re.DOTALL)
+    assert len(blocks) == 6
+    model, tokenizer, pairs = common.load([])
+    pairs = pairs.select(range(4))
+    rows = common.tokenize(pairs, tokenizer)
+    batch = transformers.default_data_collator([{"ids": row["prompt_ids"]} for row in rows])["ids"]
+    settings = {"max_steps": 1, "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
+    names = {"fastdpo": fastdpo, "model": model, "ref_model": copy.deepcopy(model), "tokenizer": tokenizer}
+    names |= {"pairs": pairs, "rows": rows, "settings": {**settings, "bf16": False}}
+    names |= {name: getattr(trl, name) for name in ("DPOConfig", "SFTConfig", "SFTTrainer")}
+    names |= {name: getattr(transformers, name) for name in ("Trainer", "TrainingArguments")}
+    names |= {"input_ids": batch, "mask": torch.ones_like(batch), "labels": batch, "ref_logps": -torch.ones(len(batch))}
+    names["texts"] = Dataset.from_list([{"prompt": p["prompt"], "completion": p["chosen"]} for p in pairs])
+    names["tokens"] = Dataset.from_list([{"input_ids": r["prompt_ids"], "labels": r["prompt_ids"]} for r in rows])
+    fused = []
+    for block in blocks:
+        names["model"] = copy.deepcopy(model)
+        exec(block, names)
+        trained = not names["model"].lm_head.weight.equal(model.lm_head.weight)
+        assert trained == (".train()" in block)
+        fused.append(is_fused(names["model"]))
+    assert fused == [False, False, False, True, False, False], "the pairs' block alone leaves it fused"
+    assert names["logps"].shape == batch.shape
+
+
+def test_the_trainers_page_names_files_that_are_there():
+    page = (ROOT / "docs" / "trainers.md").read_text()
+    paths = set(re.findall(r"`(examples/\w+\.py)`", page))
+    assert {Path(path).stem for path in paths} == set(EXAMPLES)
+    assert all((ROOT / path).exists() for path in paths)

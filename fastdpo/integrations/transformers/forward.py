@@ -100,7 +100,7 @@ def fused_head(model: Any, *, check: bool = True, **keywords: Any) -> Any:
     if "forward" in base.__dict__ and not hasattr(base, "_hf_hook"):  # that of a device_map only moves what is given
         raise ValueError(
             "model: its forward was replaced already, and a fused head would leave that out (accelerate's autocast, "
-            "...); fuse the head before a Trainer or accelerator.prepare takes the model"
+            "TRL's own fused head, ...); fuse the head before a Trainer or accelerator.prepare takes the model"
         )
     for name in keywords:
         if name not in _KEYWORDS:
