@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import pytest
@@ -105,7 +106,9 @@ def test_token_results(family):
     logits = model(inputs["input_ids"]).logits
     truth = logits[:, :-1].log_softmax(-1).gather(-1, inputs["input_ids"][:, 1:, None])[..., 0]
     fused_head(model, stats=("entropy", "is_top1"), grad_tol=0)
-    out = model(inputs["input_ids"], labels=inputs["input_ids"])
+    names = list(inspect.signature(type(model).forward).parameters)[1:]
+    position = names.index("labels")  # given by position too
+    out = model(inputs["input_ids"], *[None] * (position - 1), inputs["input_ids"])
     torch.testing.assert_close(out.token_logps[:, :-1], truth, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(out.entropy, torch.distributions.Categorical(logits=logits).entropy() * out.label_mask)
     assert (out.is_top1[:, :-1] == (logits[:, :-1].argmax(-1) == inputs["input_ids"][:, 1:])).all()
@@ -142,6 +145,12 @@ def test_router_loss_as_asked_for():
     assert without.aux_loss is None
 
 
+def test_a_config_without_return_dict():
+    model = tiny()
+    model.config.return_dict = False
+    assert fused_head(model, check=False)(**batch()).loss > 0
+
+
 def test_hidden_states_and_cache_are_passed_on():
     out = fused_head(tiny())(**batch(), output_hidden_states=True, use_cache=True)
     assert len(out.hidden_states) == 3
@@ -160,6 +169,18 @@ def test_bf16_autocast_and_gradient_checkpointing(family):
     assert_equal_runs(
         loss_and_gradients(unfuse_head(model), **batch()), loss_and_gradients(fused_head(model), **batch())
     )
+
+
+def test_compiled():
+    model = tiny("gemma2")
+    theirs = loss_and_gradients(model, **batch())
+    fused_head(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    model.zero_grad()
+    loss = compiled(**batch()).loss
+    loss.backward()
+    assert_equal_runs(theirs, (loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
 
 
 def test_bf16_weights():

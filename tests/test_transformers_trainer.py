@@ -226,6 +226,7 @@ def test_metrics_are_means_since_the_last_log():
     model, collator, loss = fused_head(tiny()), PreferenceCollator(PAD), PreferenceLoss(loss_type="simpo")
     batches = [collator([row]) for row in pairs(2)]
     expected = []
+    loss.on_init_end(None, None, None)
     for batch in batches:
         labels = batch.pop("labels")
         loss(model(**batch), labels)
@@ -237,9 +238,34 @@ def test_metrics_are_means_since_the_last_log():
     loss.on_log(None, state, None, logs)
     assert logs["rewards/margins"] == pytest.approx(sum(expected) / 2, rel=1e-4)
     assert state.log_history[-1]["rewards/margins"] == logs["rewards/margins"]
-    later: dict[str, Any] = {"loss": 1.0}
-    loss.on_log(None, state, None, later)
-    assert later == {"loss": 1.0}
+    for later in ({"loss": 1.0}, {"eval_loss": 1.0}, {"train_runtime": 1.0}):
+        given = dict(later)
+        loss.on_log(None, state, None, given)
+        assert given == later
+
+
+def test_a_loss_that_is_no_callback_keeps_nothing():
+    model, loss = fused_head(tiny()), PreferenceLoss(loss_type="simpo")
+    batch = PreferenceCollator(PAD)(list(pairs()))
+    labels = batch.pop("labels")
+    loss(model(**batch), labels)
+    assert loss._metrics == {"": [], "eval_": []}
+
+
+def test_metrics_of_training_and_of_evaluation_are_apart():
+    model, loss = fused_head(tiny()), PreferenceLoss(loss_type="simpo")
+    loss.on_init_end(None, None, None)
+    batches = [PreferenceCollator(PAD)([row]) for row in pairs(2)]
+    labels = [batch.pop("labels") for batch in batches]
+    loss(model(**batches[0]), labels[0])
+    with torch.no_grad():
+        out = model(**batches[1])
+        loss(out, labels[1])
+    logs: dict[str, Any] = {"eval_loss": 1.0}
+    loss.on_log(None, type("State", (), {"log_history": [{}]})(), None, logs)
+    counted = out.label_mask.sum(-1)
+    assert logs["eval_lengths/chosen"] == counted[0]
+    assert logs["eval_logps/chosen"] == pytest.approx((out.token_logps[0].sum() / counted[0]).item(), rel=1e-4)
 
 
 def test_what_the_loss_refuses(tmp_path):

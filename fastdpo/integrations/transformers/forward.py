@@ -148,6 +148,8 @@ def _make_forward(cls: type) -> Callable[..., Any]:
     """A forward with the signature of the class's own, which Trainer and generate() read. Holds no model: a deepcopy of
     the model takes it along."""
 
+    names = list(inspect.signature(cls.forward).parameters)[1:]  # type: ignore[attr-defined]
+
     @functools.wraps(cls.forward)  # type: ignore[attr-defined]
     def forward(
         self: Any,
@@ -160,18 +162,17 @@ def _make_forward(cls: type) -> Callable[..., Any]:
         **kwargs: Any,
     ) -> Any:
         state: _State | None = self.__dict__.get(_STATE)
-        given = [x for x in (labels, completion_labels) if x is not None] or [
-            x for x in (shift_labels,) if x is not None
-        ]
-        if state is not None and given:
-            if len(given) > 1:
+        if state is not None:  # by name: the backbone's arguments may have another order
+            kwargs |= dict(zip(names, args, strict=False))
+            args, labels = (), kwargs.pop("labels", labels)
+            if labels is not None and completion_labels is not None:
                 raise ValueError(
                     "labels: given beside completion_labels, expected one of them (the Trainer takes the labels of "
                     "PreferenceCollator out, with compute_loss_func=PreferenceLoss(...); elsewhere drop them)"
                 )
-            return _fused(
-                self, state, given[0], shift_labels, ref_logps, num_items_in_batch, _named(cls, self, args, kwargs)
-            )
+            targets = labels if completion_labels is None else completion_labels
+            if targets is not None or shift_labels is not None:
+                return _fused(self, state, targets, shift_labels, ref_logps, num_items_in_batch, kwargs)
         if completion_labels is not None or ref_logps is not None:
             raise ValueError(
                 "ref_logps: given without completion_labels"
@@ -193,15 +194,10 @@ def _make_forward(cls: type) -> Callable[..., Any]:
     return forward
 
 
-def _named(cls: Any, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Positional arguments by their names in the model's forward: the backbone's may have another order."""
-    return {**dict(zip(list(inspect.signature(cls.forward).parameters)[1:], args, strict=False)), **kwargs}
-
-
 def _fused(
     model: Any,
     state: _State,
-    labels: Tensor,
+    labels: Tensor | None,
     aligned: Tensor | None,
     ref_logps: Tensor | None,
     num_items_in_batch: Any,
@@ -217,11 +213,16 @@ def _fused(
     router = bool(getattr(text, "output_router_logits", False)) if router is None else router
     if router:
         kwargs["output_router_logits"] = True
+    if not getattr(model.config, "return_dict", True):
+        kwargs["return_dict"] = True
     kwargs.setdefault("use_cache", False)
     outputs = model.base_model(**kwargs)
     hidden, head = outputs.last_hidden_state, lm_head(model)
     hidden = hidden.to(head.weight.device)  # the backbone may end on another device (device_map)
-    targets = (shifted(labels) if aligned is None else aligned).to(hidden.device)
+    if aligned is None:
+        assert labels is not None
+        aligned = shifted(labels)
+    targets = aligned.to(hidden.device)
     if targets.shape != hidden.shape[:-1]:
         raise ValueError(f"labels: shape {list(targets.shape)}, expected {list(hidden.shape[:-1])}, the hidden states'")
     tokens = linear_token_logps(

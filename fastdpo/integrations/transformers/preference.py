@@ -92,7 +92,8 @@ class PreferenceLoss(TrainerCallback):
     The batches are `PreferenceCollator`'s. The loss is a mean over the pairs of the whole optimiser step: with gradient
     accumulation and several processes too (a loss that is no mean over pairs is so within each batch: sft over the
     tokens, aot over the sorted batch). Given also as a callback (`callbacks=[loss]`), it adds rewards, accuracies and
-    the other names of `fastdpo.preference_metrics` to what the Trainer logs, means over the batches since it last did.
+    the other names of `fastdpo.preference_metrics` to what the Trainer logs, means over its process's batches
+    since it last did.
 
     Args:
         keywords: `beta`, `loss_type`, `label_smoothing` and the options of `fastdpo.dpo_loss`; a schedule for beta
@@ -107,7 +108,8 @@ class PreferenceLoss(TrainerCallback):
         if callable(keywords.get("beta")) or keywords.get("betas") is not None:
             raise ValueError("beta: expected one number, as transformers' Trainer gives a loss neither step nor vector")
         self.keywords = keywords
-        self._metrics: list[dict[str, Tensor]] = []
+        self._is_callback = False
+        self._metrics: dict[str, list[dict[str, Tensor]]] = {"": [], "eval_": []}
 
     def __call__(self, outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Tensor:
         """The loss `[]` of one batch. num_items_in_batch: pairs in the optimiser step; None: the mean of this batch.
@@ -133,21 +135,23 @@ class PreferenceLoss(TrainerCallback):
         # The tokens are aligned with what they predict, so any label marks one that counts
         counted = torch.where(outputs["label_mask"], 0, IGNORE_INDEX)
         out = loss_of_tokens(tokens, counted, ref_logps, **self.keywords)
-        self._metrics.append(preference_metrics(out, ref_logps))
+        if self._is_callback:
+            self._metrics["" if torch.is_grad_enabled() else "eval_"].append(preference_metrics(out, ref_logps))
         router_loss = outputs.get("router_loss")
         loss = out.loss if router_loss is None else out.loss + router_loss
         return loss if num_items_in_batch is None else loss * pairs / num_items_in_batch
 
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the Trainer that has this as a callback."""
+        self._is_callback = True
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Called by the Trainer: adds the metrics to `logs` and to `state.log_history`."""
-        if logs is None or not self._metrics or not {"loss", "eval_loss"} & set(logs):
+        prefix = next((prefix for prefix in self._metrics if f"{prefix}loss" in (logs or {})), None)
+        if logs is None or prefix is None or not self._metrics[prefix]:
             return
-        prefix = "" if "loss" in logs else "eval_"
-        means = {
-            prefix + name: float(torch.stack([metrics[name] for metrics in self._metrics]).mean())
-            for name in self._metrics[0]
-        }
-        self._metrics.clear()
+        batches, self._metrics[prefix] = self._metrics[prefix], []
+        means = {prefix + name: float(torch.stack([batch[name] for batch in batches]).mean()) for name in batches[0]}
         logs.update(means)
         state.log_history[-1].update(means)
 
