@@ -224,6 +224,11 @@ def test_sft(tiny, tmp_path):
     assert isinstance(trainer.model(kit.torch.tensor([ids]), labels=kit.torch.tensor([ids])), FusedOutput)
 
 
+def test_an_axolotl_that_registers_no_plugin(axolotl):
+    with pytest.raises(ValueError, match="needs trainer_cls: fastdpo.integrations.axolotl.CachedDPOTrainer beside it"):
+        axolotl.FastDPOPlugin().pre_model_load(DictDefault(rl="dpo", fastdpo_reference_cache="refs"))
+
+
 def test_a_reward_model_is_left_alone(axolotl):
     model = SimpleNamespace()
     axolotl.FastDPOPlugin().post_model_load(DictDefault(reward_model=True), model)

@@ -203,6 +203,17 @@ def test_vision_language_model():
     assert_equal_runs(theirs, loss_and_gradients(fused_head(model), **inputs))
 
 
+@pytest.mark.parametrize("name", ["AyaVision", "Cohere2Vision"])
+def test_a_vision_language_model_without_its_text_configs_scale(name):
+    text = {**SIZES, "model_type": "cohere2", "logit_scale": 0.25}
+    vision = {"model_type": "siglip_vision_model", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+    config = getattr(transformers, f"{name}Config")(text_config=text, vision_config=vision)
+    model = getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
+    theirs = loss_and_gradients(model, **batch())
+    assert_equal_runs(theirs, loss_and_gradients(fused_head(model), **batch()))
+
+
 # --- the model stays what it was -------------------------------------------------------------------------------------
 
 

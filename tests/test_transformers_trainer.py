@@ -160,6 +160,20 @@ def test_an_uneven_last_step_is_a_mean_over_its_pairs(tmp_path):
     assert losses(trainer) == pytest.approx(by_hand(pairs(), tiny(), [[0, 1, 2, 3], [4]], loss_type="simpo"), rel=1e-4)
 
 
+def test_pairs_with_lora_and_bf16(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny(), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    collator, loss = PreferenceCollator(PAD), PreferenceLoss(beta=0.5)
+    rows = add_reference(pairs(4), fused_head(model), collator)
+    settings = {"per_device_train_batch_size": 4, "bf16": True, "learning_rate": 1.0, "max_steps": 6}
+    trainer = Trainer(model, arguments(tmp_path, **settings), collator, rows, compute_loss_func=loss)
+    head = model.get_base_model().lm_head.weight.clone()
+    trainer.train()
+    assert losses(trainer)[0] == pytest.approx(0.6931, abs=1e-2)
+    assert losses(trainer)[-1] < losses(trainer)[0] - 0.02
+    assert model.get_base_model().lm_head.weight.equal(head)
+
+
 def test_router_loss_is_in_the_preference_loss():
     from transformers import MixtralConfig, MixtralForCausalLM
 

@@ -92,6 +92,8 @@ class FastDPOPlugin(BasePlugin):  # type: ignore[misc, valid-type]
         trl.patch(**_head_keywords(cfg))
         _reference.clear()
         if cfg.get("fastdpo_reference_cache") is not None:
+            if cfg.get("trainer_cls") != _TRAINER:
+                raise ValueError(f"fastdpo_reference_cache: this Axolotl needs trainer_cls: {_TRAINER} beside it")
             _reference.update(
                 reference_cache=cfg.get("fastdpo_reference_cache"), reference=cfg.get("fastdpo_reference")
             )

@@ -44,10 +44,17 @@ SCALES: dict[str, Callable[[float], float]] = {
     "logits_mup_width_multiplier": _divide,  # Inkling, which divides the hidden states
 }
 
+
+def _ignore(value: float) -> float:
+    return 1.0
+
+
 # (model_type, attribute): what that architecture does otherwise than the others
 _OTHERWISE: dict[tuple[str, str], Callable[[float], float]] = {
     ("hyperclovax", "logits_scaling"): _multiply,
-    ("mpt", "logit_scale"): lambda value: 1.0,  # transformers reads it nowhere
+    ("mpt", "logit_scale"): _ignore,
+    ("aya_vision", "logit_scale"): _ignore,  # has Cohere's text config, and not its scale
+    ("cohere2_vision", "logit_scale"): _ignore,
 }
 
 # Looks like a scale or cap of the head, by name; and what has such a name without being one
@@ -74,10 +81,10 @@ def head_transform(config: Any) -> HeadTransform:
             that would matter; two scales at once; fewer logits than the head has rows (`unpadded_vocab_size`).
     """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    model_type = getattr(text, "model_type", "")
+    whole, model_type = getattr(config, "model_type", ""), getattr(text, "model_type", "")
     caps = {name: float(cap) for name in SOFTCAPS if (cap := getattr(text, name, None)) is not None}
     scales = {
-        name: _OTHERWISE.get((model_type, name), scale)(float(value))
+        name: _OTHERWISE.get((whole, name), _OTHERWISE.get((model_type, name), scale))(float(value))
         for name, scale in SCALES.items()
         if isinstance(value := getattr(text, name, None), (int, float))
     }
