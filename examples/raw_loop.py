@@ -15,8 +15,7 @@ reference = copy.deepcopy(model).requires_grad_(False)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 collator = PreferenceCollator(tokenizer.pad_token_id)  # [2B, T]: chosen, then rejected
 batches = DataLoader(tokenize(pairs, tokenizer), batch_size=8, collate_fn=collator)
-softcap, scale = head_transform(model.config)  # Gemma, Cohere, Granite, ... do more than a product
-head = {"softcap": softcap, "logit_scale": scale, "shift": True}
+head = {**head_transform(model.config)._asdict(), "shift": True}  # softcap and scale of Gemma, Cohere, Granite, ...
 
 for step, batch in enumerate(batches):
     ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["completion_labels"]

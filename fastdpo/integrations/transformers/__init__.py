@@ -20,7 +20,8 @@ except ImportError as error:
         f"fastdpo.integrations.transformers needs transformers: pip install transformers ({error})"
     ) from error
 
-from .forward import FusedOutput, fused_head, is_fused, unfuse_head
+from .compute import FusedOutput
+from .forward import fused_head, is_fused, unfuse_head
 from .head import LMHead, lm_head
 from .preference import PreferenceCollator, PreferenceLoss, add_reference
 

@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 from ...batch import IGNORE_INDEX
 from ...metrics import preference_metrics
 from ...preference import _check_keywords, loss_of_tokens
-from .forward import FusedOutput
+from .compute import FusedOutput
 
 _REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 
