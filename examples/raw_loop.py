@@ -12,7 +12,7 @@ from fastdpo.integrations.transformers import PreferenceCollator
 
 model, tokenizer, pairs = load()
 reference = copy.deepcopy(model).requires_grad_(False)
-optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)  # 1e-6, about, for a real model
 collator = PreferenceCollator(tokenizer.pad_token_id)  # [2B, T]: chosen, then rejected
 batches = DataLoader(tokenize(pairs, tokenizer), batch_size=8, collate_fn=collator)
 head = {**head_transform(model.config)._asdict(), "shift": True}  # softcap and scale of Gemma, Cohere, Granite, ...

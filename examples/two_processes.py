@@ -22,7 +22,7 @@ collator = PreferenceCollator(tokenizer.pad_token_id)
 rows = add_reference(tokenize(pairs, tokenizer), model, collator)
 batches = DataLoader(rows, batch_size=4, sampler=DistributedSampler(rows, shuffle=False), collate_fn=collator)
 parallel = DistributedDataParallel(model)
-optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)  # 1e-6, about, for a real model
 
 for step, batch in enumerate(batches):
     out = parallel(**{name: batch[name] for name in ("input_ids", "attention_mask", "completion_labels")})

@@ -45,6 +45,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 16,
         "output_router_logits": True,
     },
+    "llama4_text": {"num_local_experts": 2, "num_experts_per_tok": 1, "intermediate_size_mlp": 48},  # no base_model
     "gpt2": {"n_embd": 32, "n_head": 2, "n_layer": 2, "n_positions": 32},  # other positional arguments
 }
 

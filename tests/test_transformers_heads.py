@@ -13,7 +13,7 @@ pytest.importorskip("peft")
 
 import peft
 import transformers
-from test_transformers import VOCAB, assert_equal_runs, batch, loss_and_gradients, tiny
+from test_transformers import SIZES, VOCAB, assert_equal_runs, batch, loss_and_gradients, tiny
 
 from fastdpo.integrations.transformers import fused_head, is_fused, lm_head, unfuse_head
 
@@ -113,6 +113,16 @@ def test_models_it_cannot_honour():
     with pytest.raises(ValueError, match="CohereForCausalLM does not make its logits of .* scale 0.25: logps differ"):
         fused_head(model)
     assert not is_fused(model)
+
+
+def test_a_model_that_masks_logits_is_refused():
+    images = {"<image>": 4} | {f"IMGIMG{letter}Z": 10 + i for i, letter in enumerate("ABCDEFGH")}
+    codes = {"embed_dim": 8, "num_embeddings": 8, "latent_channels": 8, "resolution": 16, "base_channels": 32}
+    codes |= {"channel_multiplier": [1, 1], "num_res_blocks": 1}
+    sizes = {name: size for name, size in SIZES.items() if name != "head_dim"}
+    config = transformers.ChameleonConfig(**sizes, vocabulary_map=images, vq_config=codes)
+    with pytest.raises(ValueError, match="ChameleonForConditionalGeneration takes tokens out of its vocabulary"):
+        fused_head(transformers.ChameleonForConditionalGeneration(config))
 
 
 def test_a_loss_with_more_in_it_is_refused(monkeypatch):

@@ -22,6 +22,11 @@ def compare(model: Any, state: FusedHead) -> None:
     logits = own.logits.float()
     truth = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None].to(logits.device))[..., 0]
     assert ours.token_logps is not None and ours.loss is not None
+    if bool((logits <= torch.finfo(own.logits.dtype).min).any()):  # Chameleon's image tokens
+        raise ValueError(
+            f"model: {type(model).__name__} takes tokens out of its vocabulary by logits of -inf, or the lowest float; "
+            "a fused head would leave them in"
+        )
     rounding = 1e-3 if model.dtype in (torch.float32, torch.float64) else 3e-2
     bound = rounding * max(1.0, float(logits.abs().max()))
     error = float((ours.token_logps[:, :-1].to(truth) - truth).abs().max())

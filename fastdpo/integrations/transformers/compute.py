@@ -81,7 +81,7 @@ def fused_output(
     if not getattr(model.config, "return_dict", True):
         kwargs["return_dict"] = True
     kwargs.setdefault("use_cache", False)
-    outputs = model.base_model(**kwargs)
+    outputs = _backbone(model)(**kwargs)
     hidden, head = outputs.last_hidden_state, lm_head(model)
     hidden = hidden.to(head.weight.device)  # the backbone may end on another device (device_map)
     if aligned is None:
@@ -120,6 +120,14 @@ def fused_output(
             for name in ("past_key_values", "hidden_states", "attentions", "router_logits")
         },
     )
+
+
+def _backbone(model: Any) -> Any:
+    """What makes the hidden states; Llama 4's text model names its own otherwise than `base_model` looks for it."""
+    found = model.base_model if model.base_model is not model else getattr(model, "model", None)
+    if found is None:
+        raise NotImplementedError(f"model: {type(model).__name__} has no backbone that base_model finds")
+    return found
 
 
 # --- mixtures of experts ---------------------------------------------------------------------------------------------
