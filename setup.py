@@ -15,7 +15,8 @@ setup(
     package_dir={"fastdpo": "fastdpo", "fastdpo.gpu": "kernels/gpu", "fastdpo.cpu": "kernels/cpu"},
     packages=[
         *("fastdpo", "fastdpo.cache", "fastdpo.gpu", "fastdpo.cpu", "fastdpo.losses"),
-        *("fastdpo.integrations", "fastdpo.integrations.liger", "fastdpo.integrations.trl_packing"),
+        *("fastdpo.integrations", "fastdpo.integrations.liger", "fastdpo.integrations.transformers"),
+        "fastdpo.integrations.trl_packing",
     ],
     package_data={"fastdpo": ["py.typed"], "fastdpo.cpu": ["*.cpp", "*.h"]},
     install_requires=["torch>=2.8", "ninja", "numpy"],

@@ -154,6 +154,38 @@ def linear_dpo_loss(
     return _preference(tokens, layout, ref, recipe, backend)
 
 
+def loss_of_tokens(
+    tokens: TokenLogps,
+    labels: Tensor,
+    ref_logps: Tensor | None = None,
+    *,
+    beta: Beta = 0.1,
+    loss_type: LossType = "sigmoid",
+    label_smoothing: float = 0.0,
+    cu_seqlens: Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    shift: bool = False,
+    backend: str = "auto",
+    **options: Unpack[LossKeywords],
+) -> PreferenceOutput:
+    """A preference loss from token logps that are there already: of a model that computes its own head.
+
+    Args:
+        tokens: results of `linear_token_logps` or `token_logps`, shaped like labels, 0 where those are ignored; with
+            `use_weighting`, they need log_sum_sq_probs.
+        shift: whether labels still are to be shifted to the tokens, as they were for the logps.
+        The others and errors: `dpo_loss`.
+    """
+    _check_known(loss_of_tokens, options)
+    recipe = make_recipe(beta, loss_type, label_smoothing, options)
+    layout = make_layout(labels, cu_seqlens, ignore_index, shift)
+    if tokens.logps.shape != labels.shape:
+        raise ValueError(f"tokens: shape {list(tokens.logps.shape)}, expected that of labels, {list(labels.shape)}")
+    if recipe.use_weighting and tokens.log_sum_sq_probs is None:
+        raise ValueError("use_weighting: needs tokens with log_sum_sq_probs, one of stats")
+    return _preference(tokens, layout, _reference(ref_logps, layout, recipe), recipe, backend)
+
+
 class DPOLoss(nn.Module):
     """`dpo_loss` as a module: the keywords at construction, the tensors at the call."""
 

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, Cohere2Config, Gemma2Config, Gran
 from fastdpo.cache import CacheError, Reference, ReferenceModel, Sequence, fingerprint
 from fastdpo.cache.key import as_array, halves
 from fastdpo.cache.rows import Preparation, prior_prefix, sequence
+from fastdpo.integrations.head_transform import head_transform
 from fastdpo.train_data import plain_chat_template
 
 REFERENCE = Reference("f" * 64, "float32", None, 1.0, None, 1.0)
@@ -221,7 +222,7 @@ print(ReferenceModel({tiny!r}).reference.id, ReferenceModel(model).reference.id)
     ],
 )
 def test_head_transforms_are_in_the_reference(config, expected):
-    assert fingerprint.head_transform(config) == expected
+    assert head_transform(config) == expected
 
 
 # --- several adapters, and models that change ------------------------------------------------------------------------

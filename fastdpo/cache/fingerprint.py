@@ -129,19 +129,7 @@ def of_checkpoint(
     return Checkpoint(_combine(outline, hashes), config, wanted)
 
 
-def head_transform(config: Any) -> tuple[float | None, float]:
-    """(softcap, logit_scale) of a model's config, under the names that the architectures give them (as TRL 1.16)."""
-    text = config.get_text_config()
-    scale = next((s for n in _SCALES if (s := getattr(text, n, None)) is not None), None)
-    divisor = getattr(text, "logits_scaling", None)
-    if scale is None and divisor is not None:  # Granite and MiniCPM3 divide by it, HyperCLOVA X multiplies
-        scale = divisor if text.model_type == "hyperclovax" else 1 / divisor
-    softcap = getattr(text, "final_logit_softcapping", None)
-    return None if softcap is None else float(softcap), 1.0 if scale is None else float(scale)
-
-
 _SAMPLES = 64  # numbers of a tensor that a stamp looks at, about
-_SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # Cohere; Muse Glimmer; Falcon-H1
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..integrations.head_transform import head_transform
 from ..options import check_number, head_options
 from . import fingerprint
 from .errors import CacheError
@@ -74,6 +75,7 @@ class ReferenceModel:
 
         Raises:
             CacheError: files that cannot be read.
+            ValueError: a scale or cap of its head that is not known (`head_transform`).
         """
         known = None
         if self._model is None:
@@ -83,7 +85,7 @@ class ReferenceModel:
                 self._model = self._load()
             self._stamp = fingerprint.stamp(self._model)
             known = fingerprint.Checkpoint(fingerprint.of_model(self._model), self._model.config, self._model.dtype)
-        softcap, scale = fingerprint.head_transform(known.config)
+        softcap, scale = head_transform(known.config)
         dtype = str(known.dtype).removeprefix("torch.")
         return Reference(known.fingerprint, dtype, self._autocast, self._temperature, softcap, scale)
 
