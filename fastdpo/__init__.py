@@ -5,7 +5,7 @@ from .head import LinearTokenLogpsFunction, TokenLogps, TokenLogpsFunction, line
 from .metrics import preference_metrics
 from .pair_kernel import DPOFunction
 from .parallel import SequenceParallel, VocabParallel
-from .preference import DPOLoss, LinearDPOLoss, PreferenceOutput, dpo_loss, linear_dpo_loss
+from .preference import DPOLoss, LinearDPOLoss, PreferenceOutput, dpo_loss, linear_dpo_loss, loss_of_tokens
 from .schedule import BetaSchedule
 from .sequences import sequence_logps
 from .unpaired import UnpairedOutput, kto_kl, linear_unpaired_loss, unpaired_loss
@@ -28,6 +28,7 @@ __all__ = [
     "linear_dpo_loss",
     "linear_token_logps",
     "linear_unpaired_loss",
+    "loss_of_tokens",
     "preference_metrics",
     "sequence_logps",
     "token_logps",

@@ -166,6 +166,7 @@ def loss_of_tokens(
     ignore_index: int = IGNORE_INDEX,
     shift: bool = False,
     backend: str = "auto",
+    sequence_parallel: SequenceParallel | None = None,
     **options: Unpack[LossKeywords],
 ) -> PreferenceOutput:
     """A preference loss from token logps that are there already: of a model that computes its own head.
@@ -178,7 +179,7 @@ def loss_of_tokens(
     """
     _check_known(loss_of_tokens, options)
     recipe = make_recipe(beta, loss_type, label_smoothing, options)
-    layout = make_layout(labels, cu_seqlens, ignore_index, shift)
+    layout = _layout(labels, cu_seqlens, ignore_index, shift, sequence_parallel)
     if tokens.logps.shape != labels.shape:
         raise ValueError(f"tokens: shape {list(tokens.logps.shape)}, expected that of labels, {list(labels.shape)}")
     if recipe.use_weighting and tokens.log_sum_sq_probs is None:

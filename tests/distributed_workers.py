@@ -106,6 +106,34 @@ def fsdp(rank: int, how: str, keywords: dict[str, Any]) -> Any:
     return loss.detach(), gradients(policy), local
 
 
+def fused(rank: int | None, how: str) -> Any:
+    """A model whose own forward has the fused head ("trl", or "transformers"); on two ranks FSDP2 with a head of its
+    own unit. rank None: one process, all rows."""
+    llama = model()
+    if how == "transformers":
+        from fastdpo.integrations.transformers import fused_head
+
+        fused_head(llama)
+    else:
+        from trl.trainer.utils import add_fused_lm_head
+
+        add_fused_lm_head(llama)
+    if rank is not None:
+        for unit in (*llama.model.layers, llama.model, llama.lm_head, llama):
+            fully_shard(unit)
+    ids = batch()[0] if rank is None else _mine(rank)[0]
+    if how == "transformers":
+        loss = -llama(ids, labels=ids).token_logps.sum()
+    else:
+        from fastdpo.integrations.trl import patched
+        from fastdpo.integrations.trl_head import whole_heads
+
+        with patched() as function, whole_heads(function, [llama]):
+            loss = -llama(ids, labels=ids, fused_lm_head=True).log_probs.sum()
+    loss.backward()
+    return loss.detach(), gradients(llama), type(llama.lm_head.weight).__name__
+
+
 def sequence_parallel(rank: int, keywords: dict[str, Any], gradients_as: str) -> Any:
     """Each rank the tokens of its half; the model itself runs whole, only the head is split."""
     ids, labels, ref = batch()

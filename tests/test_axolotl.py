@@ -18,9 +18,9 @@ import cache_kit as kit
 import pydantic
 import trl
 from datasets import Dataset
-from test_trl import assert_same_run, train
 from transformers import Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, KTOConfig
+from trl_kit import assert_same_run, train
 
 from fastdpo.cache import MissingEntry, ReferenceCache
 from fastdpo.integrations import trl as trl_integration
@@ -177,7 +177,7 @@ def rows_scored(monkeypatch) -> list[int]:
 
 
 def test_dpo_trains_as_with_trl(tiny, tmp_path, rows_scored):
-    theirs = train(DPOTrainer, DPOConfig, tiny, tmp_path / "trl")
+    theirs = train(DPOTrainer, tiny, tmp_path / "trl")
     assert not rows_scored
     mine = axolotl_train({"rl": "dpo", "fastdpo_workspace_mb": 8, "fastdpo_grad_tol": "auto"}, tiny, tmp_path / "ax")
     assert type(mine) is AxolotlDPOTrainer
@@ -205,7 +205,7 @@ def test_kto(tiny, tmp_path, rows_scored):
 def test_reference_cache(tiny, tmp_path, rows_scored):
     cache = ReferenceCache(tmp_path / "refs")
     cache.build(tiny, kit.tokenizer_of(tiny), PAIRS, progress=False)
-    theirs = train(DPOTrainer, DPOConfig, tiny, tmp_path / "trl")
+    theirs = train(DPOTrainer, tiny, tmp_path / "trl")
     settings = {"rl": "dpo", "fastdpo_reference_cache": str(tmp_path / "refs")}
     mine = axolotl_train(settings, tiny, tmp_path / "ax")
     assert isinstance(mine, AxolotlDPOTrainer) and mine.ref_model is None

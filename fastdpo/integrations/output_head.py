@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import sys
 from functools import singledispatch
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from ..parallel import plain
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -44,6 +46,8 @@ def output_head(head: nn.Module, hidden: Tensor) -> HeadProduct:
     Raises:
         UnsupportedHead: any other head, named.
     """
+    if is_bare(head):  # torch.compile cannot trace a dispatch
+        return _of_linear(head, hidden)
     if "peft" in sys.modules:  # else there is no layer of it
         from . import peft_head  # noqa: F401  (registers)
     return product_of(head, hidden)
@@ -56,19 +60,20 @@ def product_of(head: Any, hidden: Tensor) -> HeadProduct:
 
 
 @product_of.register
-def _(head: nn.Linear, hidden: Tensor) -> HeadProduct:
+def _of_linear(head: nn.Linear, hidden: Tensor) -> HeadProduct:
     if not computes_as(head, nn.Linear):
         raise unsupported(head, "which has a forward of its own")
-    check_weight(head.weight)
+    if not torch.compiler.is_compiling():
+        check_weight(head.weight)
     return HeadProduct(hidden, head.weight, head.bias)
 
 
 def whole(parameter: Any) -> Tensor:
-    """A parameter that FSDP2 shards, gathered; any other as it is."""
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+    """A parameter that FSDP2 shards, gathered, its gradient averaged over the ranks; any other as it is."""
+    return plain(parameter, None)
 
 
-def is_bare(head: object) -> bool:
+def is_bare(head: object) -> TypeGuard[nn.Linear]:
     """Whether weight and bias of the head are all there is to it."""
     return isinstance(head, nn.Linear) and computes_as(head, nn.Linear)
 

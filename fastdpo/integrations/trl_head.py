@@ -13,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from trl.trainer import dpo_trainer
 
 from .output_head import is_bare
@@ -24,13 +25,15 @@ class HeadStandIn:
 
     def __init__(self, head: nn.Module) -> None:
         announce(head)
-        self.weight: Tensor = min(head.parameters(), key=lambda parameter: parameter.numel())
+        smallest: Any = min(head.parameters(), key=lambda parameter: parameter.numel())
+        self.weight: Tensor = smallest.to_local() if isinstance(smallest, DTensor) else smallest
         self.bias = None
 
 
 @contextmanager
 def whole_heads(function: Any, models: Iterable[Any]) -> Iterator[None]:
-    """Tell `function.head` of the head that a model's forward asks for, where that is not a bare nn.Linear.
+    """Tell `function.head` of the head that a model's forward asks for, where that is not a bare nn.Linear, or is
+    sharded: TRL gathers a DTensor so that each rank keeps its own gradient of its rows.
 
     Args:
         function: the Function that TRL finds; its `apply` takes `head`, and leaves None.
@@ -39,17 +42,23 @@ def whole_heads(function: Any, models: Iterable[Any]) -> Iterator[None]:
     with ExitStack() as stack:
         for model in models:
             head = model.get_output_embeddings()
-            if not is_bare(head):
+            if not is_bare(head) or _sharded(head):  # seen from outside: within, FSDP2 may have gathered it
                 stack.enter_context(mock.patch.object(model, "get_output_embeddings", _standing_in(function, head)))
         yield
 
 
 def _standing_in(function: Any, head: nn.Module) -> Any:
-    def get_output_embeddings() -> HeadStandIn:
+    def get_output_embeddings() -> nn.Module | HeadStandIn:
+        if is_bare(head) and not _sharded(head):
+            return head
         function.head = head
         return HeadStandIn(head)
 
     return get_output_embeddings
+
+
+def _sharded(head: nn.Module) -> bool:
+    return any(isinstance(parameter, DTensor) for parameter in head.parameters())
 
 
 class _NoLayer:

@@ -22,17 +22,14 @@ except ImportError as error:
 
 from .compute import FusedOutput
 from .forward import fused_head, is_fused, unfuse_head
-from .head import LMHead, lm_head
 from .preference import PreferenceCollator, PreferenceLoss, add_reference
 
 __all__ = [
     "FusedOutput",
-    "LMHead",
     "PreferenceCollator",
     "PreferenceLoss",
     "add_reference",
     "fused_head",
     "is_fused",
-    "lm_head",
     "unfuse_head",
 ]

@@ -14,6 +14,7 @@ from ...batch import IGNORE_INDEX
 from ...batch import shift_labels as shifted
 from ...head import TokenLogps, linear_token_logps
 from ..head_transform import HeadTransform
+from ..output_head import output_head
 from .head import lm_head
 
 
@@ -83,18 +84,20 @@ def fused_output(
     kwargs.setdefault("use_cache", False)
     outputs = _backbone(model)(**kwargs)
     hidden, head = outputs.last_hidden_state, lm_head(model)
-    hidden = hidden.to(head.weight.device)  # the backbone may end on another device (device_map)
+    weight = next(head.parameters())
+    hidden = hidden.to(weight.device)  # the backbone may end on another device (device_map)
     if aligned is None:
         assert labels is not None
         aligned = shifted(labels)
     targets = aligned.to(hidden.device)
     if targets.shape != hidden.shape[:-1]:
         raise ValueError(f"labels: shape {list(targets.shape)}, expected {list(hidden.shape[:-1])}, the hidden states'")
+    product = output_head(head, hidden if torch.is_autocast_enabled(hidden.device.type) else hidden.to(weight.dtype))
     tokens = linear_token_logps(
-        hidden if torch.is_autocast_enabled(hidden.device.type) else hidden.to(head.weight.dtype),
-        head.weight,
+        product.hidden,
+        product.weight,
         targets,
-        bias=head.bias,
+        bias=product.bias,
         softcap=state.transform.softcap,
         logit_scale=state.transform.logit_scale,
         **state.keywords,

@@ -15,7 +15,7 @@ from ...options import head_options
 from ..head_transform import head_transform
 from .check import compare
 from .compute import FusedHead, fused_output
-from .head import lm_head
+from .head import check as check_lm_head
 
 _STATE = "_fastdpo_head"
 _KEYWORDS = ("temperature", "stats", "grad_tol", "workspace_mb", "backend")
@@ -46,7 +46,8 @@ def fused_head(model: Any, *, check: bool = True, **keywords: Any) -> Any:
         ValueError: a bad keyword value; an unknown scale or cap of the logits (`head_transform`); a model whose own
             logits are otherwise than the head, scale and cap make them; a model that is fused already, or whose
             forward another library replaced (but for accelerate's device_map).
-        NotImplementedError: an encoder-decoder; a head that is not one product (`lm_head`), here or at a later call.
+        NotImplementedError: an encoder-decoder.
+        UnsupportedHead: a head that is not one product (output_head.py), here or at a later call.
     """
     base = _base(model)
     if is_fused(base):
@@ -64,7 +65,7 @@ def fused_head(model: Any, *, check: bool = True, **keywords: Any) -> Any:
     head_options(**keywords)
     state = FusedHead(keywords, head_transform(base.config), base.__dict__.get("forward"))
     if not any(parameter.is_meta for parameter in base.parameters()):
-        lm_head(base)
+        check_lm_head(base)
         if check:
             compare(base, state)
     base.__dict__[_STATE] = state
