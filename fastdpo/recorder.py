@@ -74,9 +74,10 @@ class RunRecorder(TrainerCallback):
                 file.write(json.dumps(record) + "\n")
 
     def summary(self) -> dict[str, Any]:
-        """steps, seconds_per_step (median), peak_memory_mib, and on a GPU peak_gpu_memory_mib."""
+        """steps, step_seconds and seconds_per_step, their median; peak_memory_mib, on a GPU peak_gpu_memory_mib."""
         result: dict[str, Any] = {
             "steps": len(self.step_seconds),
+            "step_seconds": self.step_seconds,
             "seconds_per_step": statistics.median(self.step_seconds) if self.step_seconds else 0.0,
             "peak_memory_mib": peak_memory_mib(),
         }

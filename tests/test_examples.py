@@ -117,7 +117,9 @@ def test_they_are_short():
     assert {file.stem for file in files} == {*EXAMPLES, "common"}
     for file in files:
         assert len(file.read_text().splitlines()) < 80, file.name
-    assert len((ROOT / "examples" / "raw_loop.py").read_text().splitlines()) <= 34
+    loop = (ROOT / "examples" / "raw_loop.py").read_text()
+    assert len(loop.splitlines()) <= 34
+    assert f"```python\n{loop}```" in (ROOT / "README.md").read_text(), "the README shows what runs here"
 
 
 def test_the_trainers_page(common, tmp_path, monkeypatch):
