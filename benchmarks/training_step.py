@@ -4,7 +4,7 @@
         [--max-length 512] [--pairs 2] [--contenders NAME ...]
 
 bf16 weights and products, --pairs a step. Each run is `fastdpo train` in a process of its own, on the same rows (the
-first of the data) with the same seed; contenders alternate. Seconds of a step: median over the steps of a run, then over the
+first of the data) with the same seed; contenders alternate. Seconds of a step: median over a run, then over the
 rounds; the first step of a run, which warms up, is left out. Memory: the process's peak. The losses of TRL and fastdpo
 differ by bf16's rounding (benchmarks.bf16_agreement); one that is further off than LOSS_APART raises, and is not timed.
 Results: a table, DIR/training_step.json.
