@@ -160,6 +160,8 @@ def _streamed(head: Head, x: Tensor, y: Tensor, stats: tuple[str, ...], keep: bo
 def _streamed_share(head: Head, x: Tensor, y: Tensor, stats: tuple[str, ...], keep: bool) -> _Forward:
     """Between a tile's pass over this rank's columns and the choice among them, the ranks agree on its lse."""
     assert head.parallel is not None
+    if not len(x):
+        return _streamed(head, x, y, stats, keep)
     step, scan = _compact_step(len(x)), head.kernels.TileScan()
     # The target's logit bounds lse from below, for every rank
     own = torch.where(y < len(head.weight), y, 0)
@@ -167,7 +169,7 @@ def _streamed_share(head: Head, x: Tensor, y: Tensor, stats: tuple[str, ...], ke
     bounds = bounds if head.bias is None else bounds + head.bias[own]
     bounds = head.parallel.sum_(torch.where(y < len(head.weight), bounds, 0).float())
     parts, tiles = [], []
-    for start in range(0, max(1, len(x)), step):
+    for start in range(0, len(x), step):
         part = slice(start, start + step)
         results = scan.rows(
             *(x[part], head.weight, head.bias, y[part], bounds[part], head.transform, stats),

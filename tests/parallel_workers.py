@@ -22,12 +22,13 @@ class Case(NamedTuple):
     bias: bool = False
     frozen: bool = False  # weight needs no gradient
     tokens: int = 300
+    nothing: bool = False  # no label counts
     keywords: dict[str, Any] = {}  # noqa: RUF012
 
     def inputs(self) -> dict[str, Tensor]:
         """hidden, weight, bias, labels; and the gradients of logps and entropy."""
         hidden, weight, labels = peaked(self.tokens, sum(self.sizes))
-        labels[::7] = -100
+        labels[:: 1 if self.nothing else 7] = -100
         generator = torch.Generator().manual_seed(1)
         one = {"bias": torch.randn(len(weight), generator=generator)} if self.bias else {}
         floats = {"hidden": hidden, "weight": weight, **one}

@@ -29,7 +29,13 @@ HIDDEN = [
     Case("frozen head", frozen=True, keywords=EXACT),
     Case("float64", dtype=torch.float64, keywords=EXACT),
 ]
+EMPTY = [
+    Case("exact", nothing=True, keywords=EXACT | {"stats": STATS}),
+    Case("compact", nothing=True, keywords=COMPACT),
+    Case("streamed", nothing=True, backend="cpu", dtype=torch.bfloat16),
+]
 LOGITS = [
+    Case("nothing counts", nothing=True, keywords={"stats": STATS}),
     Case("eager", keywords={"stats": STATS}),
     Case("C++", backend="cpu", keywords={"stats": STATS, **TRANSFORM}),
     Case("Triton", backend="triton", tokens=20, sizes=(130, 171), keywords={"stats": STATS}),
@@ -49,6 +55,7 @@ SPARSE = [
     ),
 ]
 LINEAR = [c._replace(name=f"exact, {c.name}") for c in HIDDEN] + SPARSE
+LINEAR += [c._replace(name=f"nothing counts, {c.name}") for c in EMPTY]
 CALLS = [(workers.linear, c) for c in LINEAR] + [(workers.from_logits, c) for c in LOGITS]
 
 
@@ -103,4 +110,4 @@ def test_stays_compact(case: Case, found: dict[Any, Any]) -> None:
 
 
 def relative(result: Tensor, truth: Tensor) -> float:
-    return ((result.double() - truth).norm() / truth.norm()).item()
+    return ((result.double() - truth).norm() / truth.norm().clamp(min=1e-30)).item()
