@@ -47,6 +47,8 @@ class Layout(NamedTuple):
     def per_token(self) -> list[list[int]]:
         """The shapes that one number per token may have: of labels; packed also `[1, N]` or `[N]`."""
         positions = self.labels.numel()
+        if self.packed and self.sequence_parallel is not None:  # [N] may look like [2B], on one rank and not on another
+            return [[1, positions]]
         return [[positions], [1, positions]] if self.packed else [list(self.labels.shape)]
 
 

@@ -44,12 +44,12 @@ class VocabParallel:
     """
 
     def __init__(self, rows: int, group: dist.ProcessGroup | None = None) -> None:
-        if not isinstance(rows, int) or rows < 1:
-            raise ValueError(f"rows: expected at least 1 row of the head on each rank, got {rows!r}")
-        self.rows, self.group = rows, group
         rank, self.ranks = _place(group)
         sizes: list[int] = [0] * self.ranks
         dist.all_gather_object(sizes, rows, group=group)
+        if not all(isinstance(size, int) and size > 0 for size in sizes):  # on every rank, so that none waits
+            raise ValueError(f"rows: expected at least 1 row of the head on each rank, got {sizes}")
+        self.rows, self.group = rows, group
         self.sizes = tuple(sizes)
         self.start, self.vocab = sum(sizes[:rank]), sum(sizes)
         self.stop = self.start + rows
@@ -117,11 +117,6 @@ class VocabParallel:
         dist.all_reduce(tensor, group=self.group)
         return tensor
 
-    def largest_(self, tensor: Tensor) -> Tensor:
-        """The maximum over the ranks, in place."""
-        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
-        return tensor
-
 
 class SequenceParallel:
     """The ranks of a group each hold a part of every sequence of a batch (context or sequence parallelism).
@@ -130,7 +125,8 @@ class SequenceParallel:
     of each of the same sequences in the same order (padded `[2B, T/ranks, ...]`, or packed with its own cu_seqlens; a
     rank may hold none of a sequence). Token logps are of the rank's own positions; sequence logps, loss and rewards are
     of whole sequences and the same on every rank. Labels must have been shifted before they were split; reference logps
-    are of whole sequences, `[2B]`, or per token of the rank's part.
+    are of whole sequences, `[2B]`, or per token of the rank's part (packed: `[1, N]`). `preference_metrics` and
+    `sequence_logps` of such a batch are collective calls too.
 
     Args:
         group: the ranks that hold the parts; None: all.

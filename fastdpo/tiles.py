@@ -149,7 +149,7 @@ def _streamed(head: Head, x: Tensor, y: Tensor, stats: tuple[str, ...], keep: bo
     whole = keep and head.grad_tol == 0 and fits and head.parallel is None
     results, kept, exponentials = head.kernels.stream_forward(
         *(x, head.weight, head.bias, y, head.transform, stats),
-        *(step, head.grad_tol, keep, head.workspace_mb, whole),
+        *(step, head.grad_tol, keep, head.workspace_mb, whole, _bounds(head, x, y)),
     )
     if exponentials is not None:
         return results, [(0, len(x), exponentials)], None
@@ -163,11 +163,8 @@ def _streamed_share(head: Head, x: Tensor, y: Tensor, stats: tuple[str, ...], ke
     if not len(x):
         return _streamed(head, x, y, stats, keep)
     step, scan = _compact_step(len(x)), head.kernels.TileScan()
-    # The target's logit bounds lse from below, for every rank
-    own = torch.where(y < len(head.weight), y, 0)
-    bounds = (x.float() * head.weight[own].to(head.dtype)).sum(1)
-    bounds = bounds if head.bias is None else bounds + head.bias[own]
-    bounds = head.parallel.sum_(torch.where(y < len(head.weight), bounds, 0).float())
+    bounds = _bounds(head, x, y)
+    assert bounds is not None
     parts, tiles = [], []
     for start in range(0, len(x), step):
         part = slice(start, start + step)
@@ -179,6 +176,20 @@ def _streamed_share(head: Head, x: Tensor, y: Tensor, stats: tuple[str, ...], ke
         parts.append(results)
         tiles.append((start, min(start + step, len(x)), scan.choose(apart)))
     return [torch.cat(column) for column in zip(*parts, strict=True)], tiles, None
+
+
+def _bounds(head: Head, x: Tensor, y: Tensor) -> Tensor | None:
+    """Of a share of the head: the target's raw logit, wherever it is, float32 `[n]`; it bounds lse from below."""
+    if head.parallel is None:
+        return None
+    bounds = x.new_zeros(len(x), dtype=torch.float32)
+    owned = (y < len(head.weight)).nonzero().squeeze(1)
+    for rows in owned.split(_COMPACT_TOKENS):
+        weight = head.weight[y[rows]].to(head.dtype)
+        bounds[rows] = torch.linalg.vecdot(x[rows].float(), weight.float())
+        if head.bias is not None:
+            bounds[rows] += head.bias[y[rows]].float()
+    return head.parallel.sum_(bounds)
 
 
 def _from_tiles(head: Head, x: Tensor, y: Tensor, stats: tuple[str, ...], keep: bool) -> _Forward:

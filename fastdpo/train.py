@@ -52,10 +52,11 @@ class FastDPOArguments:
 def main(argv: Sequence[str] | None = None) -> int:
     """Train. Returns 0, or 1 with one line on stderr if the arguments or the data are not usable."""
     from .cache import CacheError
+    from .integrations.output_head import UnsupportedHead
 
     try:
         run(*parse(argv))
-    except (DataError, CacheError) as error:
+    except (DataError, CacheError, UnsupportedHead) as error:
         print(f"fastdpo train: {error}", file=sys.stderr)
         return 1
     return 0
@@ -72,6 +73,8 @@ def parse(argv: Sequence[str] | None) -> tuple[FastDPOArguments, Any, Any, Any, 
     parser = TrlParser(types, prog="fastdpo train")
     parser.set_defaults_with_config(logging_steps=1, use_cpu=not torch.accelerator.is_available())
     for action in parser._actions:
+        if action.dest == "padding_free":  # TRL's own text says that it does nothing
+            action.help = "Compute no padding: a batch is one row. FastDPOTrainer only."
         if action.dest == "bf16":  # bool | None, which TRL's parser wants spelled out; `--bf16` alone works here too
             action.nargs, action.const = "?", True
     try:
@@ -93,6 +96,7 @@ def run(own: FastDPOArguments, script: Any, config: Any, model: Any, mixture: An
     from trl import DPOTrainer, get_peft_config, get_quantization_config
 
     from .integrations.trl import FastDPOTrainer
+    from .integrations.trl_packing import PackingError
     from .plots import training_curves
     from .recorder import RunRecorder
 
@@ -100,8 +104,9 @@ def run(own: FastDPOArguments, script: Any, config: Any, model: Any, mixture: An
         raise DataError("--model_name_or_path: not given, expected a model folder or a name on the Hugging Face Hub")
     if own.trainer == "trl" and own.reference_cache is not None:
         raise DataError(f"--reference_cache {own.reference_cache}: only FastDPOTrainer reads it, not --trainer trl")
-    if own.trainer == "trl" and own.shared_prompt:
-        raise DataError("--shared_prompt: only FastDPOTrainer knows it, not --trainer trl")
+    if own.trainer == "trl" and (own.shared_prompt or config.padding_free):
+        option = "shared_prompt" if own.shared_prompt else "padding_free"
+        raise DataError(f"--{option}: only FastDPOTrainer knows it, not --trainer trl")
     train_data, eval_data = _datasets(own, script, config, mixture)
     # As `trl dpo` builds its model
     config.model_init_kwargs = {
@@ -126,17 +131,20 @@ def run(own: FastDPOArguments, script: Any, config: Any, model: Any, mixture: An
     if own.trainer == "fastdpo":
         further = {"reference_cache": own.reference_cache, "reference": own.reference}
         further["shared_prompt"] = own.shared_prompt
-    trainer = trainer_class(
-        model=model.model_name_or_path,
-        args=config,
-        train_dataset=train_data,
-        eval_dataset=eval_data,
-        processing_class=processor,
-        callbacks=[recorder],
-        quantization_config=get_quantization_config(model),
-        peft_config=get_peft_config(model),
-        **further,
-    )
+    try:
+        trainer = trainer_class(
+            model=model.model_name_or_path,
+            args=config,
+            train_dataset=train_data,
+            eval_dataset=eval_data,
+            processing_class=processor,
+            callbacks=[recorder],
+            quantization_config=get_quantization_config(model),
+            peft_config=get_peft_config(model),
+            **further,
+        )
+    except PackingError as error:
+        raise DataError(str(error)) from None
     if script.ignore_bias_buffers:
         policy: Any = trainer.model
         policy._ddp_params_and_buffers_to_ignore = [n for n, b in policy.named_buffers() if b.dtype == torch.bool]

@@ -23,11 +23,17 @@ class Case(NamedTuple):
     frozen: bool = False  # weight needs no gradient
     tokens: int = 300
     nothing: bool = False  # no label counts
+    forward: bool = False  # no gradient
+    others: bool = False  # the first rank's columns are far below the others'
     keywords: dict[str, Any] = {}  # noqa: RUF012
 
     def inputs(self) -> dict[str, Tensor]:
         """hidden, weight, bias, labels; and the gradients of logps and entropy."""
         hidden, weight, labels = peaked(self.tokens, sum(self.sizes))
+        if self.others:
+            first = self.sizes[0]
+            weight = torch.cat([1e-3 * weight[:first], weight[: len(weight) - first]])  # the likely rows are rank 1's
+            labels = first + labels % (len(weight) - first)
         labels[:: 1 if self.nothing else 7] = -100
         generator = torch.Generator().manual_seed(1)
         one = {"bias": torch.randn(len(weight), generator=generator)} if self.bias else {}
@@ -48,7 +54,7 @@ def linear(case: Case, parallel: VocabParallel | None = None) -> dict[str, Tenso
     if case.bias:
         leaves["bias"] = x["bias"][rows].clone()
     for name, leaf in leaves.items():
-        leaf.requires_grad_(name == "hidden" or not case.frozen)
+        leaf.requires_grad_(not case.forward and (name == "hidden" or not case.frozen))
     given = {leaf.data_ptr() for leaf in leaves.values()}
     kept = []
 
@@ -79,6 +85,8 @@ def from_logits(case: Case, parallel: VocabParallel | None = None) -> dict[str, 
 
 
 def _gradients(case: Case, out: Any, x: dict[str, Tensor], leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    if case.forward:
+        return {"logps": out.logps}
     value = (out.logps * x["grads"][0]).sum()
     if "entropy" in case.stats:
         value = value + (out.entropy * x["grads"][1]).sum()

@@ -29,6 +29,13 @@ HIDDEN = [
     Case("frozen head", frozen=True, keywords=EXACT),
     Case("float64", dtype=torch.float64, keywords=EXACT),
 ]
+STREAMED = [
+    Case("streamed", backend="cpu", dtype=torch.bfloat16, bias=True, keywords=EXACT | {"stats": STATS}),
+    Case("no target of rank 0", backend="cpu", dtype=torch.bfloat16, sizes=(1200, 1801), others=True, keywords=EXACT),
+    Case("screened", backend="cpu", dtype=torch.bfloat16, sizes=(17000, 20000)),
+    Case("nothing to keep", backend="cpu", dtype=torch.bfloat16, sizes=(17000, 20000), others=True),
+    Case("forward only", backend="cpu", dtype=torch.bfloat16, sizes=(17000, 20000), forward=True),
+]
 EMPTY = [
     Case("exact", nothing=True, keywords=EXACT | {"stats": STATS}),
     Case("compact", nothing=True, keywords=COMPACT),
@@ -55,6 +62,7 @@ SPARSE = [
     ),
 ]
 LINEAR = [c._replace(name=f"exact, {c.name}") for c in HIDDEN] + SPARSE
+LINEAR += [c._replace(name=f"share, {c.name}") for c in STREAMED]
 LINEAR += [c._replace(name=f"nothing counts, {c.name}") for c in EMPTY]
 CALLS = [(workers.linear, c) for c in LINEAR] + [(workers.from_logits, c) for c in LOGITS]
 
@@ -106,7 +114,8 @@ def test_stays_compact(case: Case, found: dict[Any, Any]) -> None:
     assert 0 < both[0]["dropped_mass"][counted].mean() <= 2.0**-10
     fixed = case.tokens * 32 * 4 if case.frozen else 0  # hidden_grad [n, H] does not depend on V
     for part in both:
-        assert part["kept"] - fixed < 0.8 * alone["kept"] + 40_000, "what a rank keeps falls"
+        small = case.tokens * 50  # a few numbers a token: logps, lse, dropped; hidden in another dtype
+        assert part["kept"] - fixed - small < 0.8 * (alone["kept"] - fixed - small), "what a rank keeps falls"
 
 
 def relative(result: Tensor, truth: Tensor) -> float:

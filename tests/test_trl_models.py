@@ -62,6 +62,22 @@ def both(folder: str, tmp_path: Path, **settings: Any) -> Any:
     return runs[1]
 
 
+def test_a_softcap_that_trl_does_not_read(tmp_path):
+    """RecurrentGemma's: the logps of step 0 are the model's own, which stock TRL's are not."""
+    cap = {"logits_soft_cap": 1.0, "num_hidden_layers": 3, "attention_window_size": 8, "lru_width": 32}
+    folder = save("RecurrentGemma", tmp_path / "model", **cap)
+    run = train(FastDPOTrainer, folder, tmp_path, max_steps=1)
+    stock = train(DPOTrainer, folder, tmp_path, max_steps=1)
+    mine, theirs = (r.state.log_history[0]["logps/chosen"] for r in (run, stock))
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    batch = next(iter(run.get_train_dataloader()))
+    logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    logps = logits.log_softmax(-1).gather(-1, batch["input_ids"][:, 1:, None])[..., 0]
+    chosen = (logps * batch["completion_mask"][:, 1:]).sum(1).chunk(2)[0].mean()
+    assert mine == pytest.approx(float(chosen), abs=1e-3)
+    assert abs(theirs - mine) > 0.02
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_family(tmp_path, family):
     run = both(save(family, tmp_path / "model", **FAMILIES[family]), tmp_path)

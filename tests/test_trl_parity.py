@@ -73,26 +73,10 @@ def truth(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return of
 
 
-@pytest.fixture(scope="module")
-def head_takes_adapters(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> bool:
-    """TRL refuses an adapter on the head; so does FastDPOTrainer where it does not lift that."""
-    try:
-        kit.make(FastDPOTrainer, tiny, tmp_path_factory.mktemp("head"), arguments={"peft_config": kit.lora("lm_head")})
-    except ValueError as error:
-        if "Applying a PEFT adapter to `lm_head` is not supported" not in str(error):
-            raise
-        return False
-    return True
-
-
 @pytest.mark.parametrize("reference", REFERENCES)
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("adapter", ADAPTERS)
-def test_fastdpo_trains_as_trl(
-    adapter, packing, reference, truth, head_takes_adapters, tiny, cache, tmp_path, monkeypatch
-):
-    if adapter == "lora_on_head" and not head_takes_adapters:
-        pytest.skip("FastDPOTrainer trains no adapter on the head here")
+def test_fastdpo_trains_as_trl(adapter, packing, reference, truth, tiny, cache, tmp_path, monkeypatch):
     theirs = truth(adapter, reference)
     rows: list[torch.Size] = []
     spied = PackedForward._run

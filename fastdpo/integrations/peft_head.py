@@ -1,8 +1,8 @@
 """PEFT's layers on an LM head, each as one product (output_head.py), as its own forward computes it.
 
 LoRA (arXiv 2106.09685) is the head's product made wider, x W' + s (dropout(x) A') B' = [x, s dropout(x) A'] [W, B]':
-merging W + s B A would round the adapter away in bf16, could not have dropout, and would need a gradient [V, H] of
-what is V by r. Its price is a copy of the head, in the product's dtype.
+merging W + s B A would round the adapter away in bf16 and could not have dropout. Its price is a copy of the head, in
+the product's dtype, and a gradient of that size.
 """
 
 from __future__ import annotations

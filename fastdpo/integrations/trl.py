@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from ..head import linear_token_logps
 from ..options import head_options
+from .head_transform import HeadTransform, head_transform
 from .output_head import check_head, check_weight, output_head, whole
 from .zero3 import regathered
 
@@ -72,6 +73,8 @@ class TokenLogpFunction:
         self.head_keywords = head_keywords
         #: The head that the next call is of, where weight and bias alone do not say it (trl_head.py)
         self.head: nn.Module | None = None
+        #: The model's softcap and logit scale, where they are known better than TRL reads them
+        self.transform: HeadTransform | None = None
 
     def apply(
         self,
@@ -109,6 +112,8 @@ class TokenLogpFunction:
             if name not in ("log_probs", *_OUTPUTS):
                 raise ValueError(f"outputs: unknown entry {name!r}, expected log_probs, {', '.join(_OUTPUTS)}")
         stats = tuple(name for name in _OUTPUTS if name in outputs)
+        if self.transform is not None:
+            final_logit_softcapping, logit_scale = self.transform
         head, self.head = self.head, None
         parameters = [weight, bias] if head is None else list(head.parameters())
         gather = _trl_utils.maybe_gather_lm_head_ctx
@@ -182,6 +187,9 @@ def patched(**head_keywords: Any) -> Iterator[TokenLogpFunction]:
 class FastDPOTrainer(PackingTrainer):
     """`trl.DPOTrainer` with fastdpo's head: same arguments, same losses, metrics and checkpoints.
 
+    The head's softcap and logit scale are those of `head_transform`, which knows more models than TRL 1.16
+    (RecurrentGemma, xLSTM, ...); a config with an unknown one raises.
+
     Every loss_type and option of `trl.DPOConfig`: the losses are TRL's own. TRL is patched during this trainer's own
     loss only, so other trainers of the process keep TRL's kernels.
 
@@ -209,6 +217,9 @@ class FastDPOTrainer(PackingTrainer):
             super().__init__(*args, **keywords)
         for model in self._fused_models():
             check_head(model.get_output_embeddings())
+        transforms = {head_transform(model.config) for model in self._fused_models()}
+        if len(transforms) > 1:
+            raise ValueError(f"ref_model: its softcap and logit scale differ from the policy's: {transforms}")
 
     def _compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool) -> Any:
         if self.beta_schedule is not None:
@@ -226,7 +237,9 @@ class FastDPOTrainer(PackingTrainer):
     @contextmanager
     def _fast_head(self) -> Iterator[None]:
         """TRL's fused forward scores tokens with fastdpo, and with all that the head computes."""
-        with patched(**self.head_keywords) as function, whole_heads(function, self._fused_models()):
+        models = self._fused_models()
+        with patched(**self.head_keywords) as function, whole_heads(function, models):
+            function.transform = head_transform(models[0].config)
             yield
 
     def _fused_models(self) -> list[Any]:

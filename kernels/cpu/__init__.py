@@ -92,6 +92,7 @@ def stream_forward(
     search: bool,
     workspace_mb: float,
     keep: bool = False,
+    bounds: Tensor | None = None,  # float32 [N]: a raw logit of each row, over all ranks; None: the target's
 ) -> tuple[list[Tensor], list[Sparse | None], Exponentials | None]:
     """row_forward's results straight from hidden states (float32 logits, never as a whole); each tile's kept columns.
 
@@ -101,7 +102,7 @@ def stream_forward(
     """
     out = torch.ops.fastdpo_cpu.stream_forward(
         *(hidden.contiguous(), weight, _float(bias), targets, *transform),
-        *(bool(stats), tile_tokens, grad_tol, search, workspace_mb, keep),
+        *(bool(stats), tile_tokens, grad_tol, search, workspace_mb, keep, bounds),
     )
     count = 2 + (len(_STATS) if stats else 0)
     results = _ordered(out[:count], stats)
@@ -110,7 +111,8 @@ def stream_forward(
         exponentials = Exponentials(*out[count : count + 2]) if len(out[count]) else None
         count += 2
     size = len(Sparse._fields)
-    tiles = [Sparse(*out[i : i + size]) if len(out[i]) else None for i in range(count, len(out), size)]
+    # starts: one more than columns, of which there may be none
+    tiles = [Sparse(*out[i : i + size]) if len(out[i + 1]) else None for i in range(count, len(out), size)]
     return results, tiles, exponentials
 
 
@@ -145,7 +147,7 @@ class TileScan:
         apart: float64 `[n]`, that lse less this rank's.
         """
         out = self._scan.choose(apart)
-        return Sparse(*out) if len(out[0]) else None
+        return Sparse(*out) if len(out[1]) else None  # starts: of no columns too there is one
 
 
 def waves(vocab: int) -> Iterator[slice]:
@@ -181,7 +183,7 @@ def stream_gradient(
     hidden: Tensor,  # bf16 [n, H], H even
     weight: Tensor,  # bf16 or float32 [V, H], dense rows
     bias: Tensor | None,  # [V]
-    targets: Tensor,  # int64 [n], all in [0, V)
+    targets: Tensor,  # int64 [n]; V: on another rank
     logps: Tensor,  # [n], and so are the next four
     lse: Tensor,
     entropy: Tensor | None,

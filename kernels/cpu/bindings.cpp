@@ -78,17 +78,21 @@ void backward(
       vocab_start, to);
 }
 
-// Whether this CPU has the bf16 product that the streamed head is made of
+// Whether this CPU has the products that the streamed head is made of, in bf16 and in bytes
 bool streams() {
   const at::BFloat16 one[2] = {1, 1};
+  const uint8_t bytes[4] = {1, 1, 1, 1};
+  const int8_t signed_bytes[4] = {1, 1, 1, -1};
   float result = 0;
+  int32_t byte_result = 0;
   try {
     at::native::cpublas::brgemm(1, 1, 2, 2, 1, 1, false, one, one, &result, true);
+    at::native::cpublas::brgemm(1, 1, 4, 4, 1, 1, false, bytes, signed_bytes, &byte_result, true);
     at::native::cpublas::brgemm_release(true);
-  } catch (const c10::Error&) {
+  } catch (const std::exception&) {  // oneDNN's own errors too
     return false;
   }
-  return result == 2;
+  return result == 2 && byte_result == 2;
 }
 
 StreamInputs stream_inputs(
@@ -132,9 +136,10 @@ void append(std::vector<Tensor>& out, const Sparse& tile, const Tensor& like) {
 std::vector<Tensor> stream(
     const Tensor& hidden, const Tensor& weight, const OptTensor& bias, const Tensor& targets, double logit_scale,
     std::optional<double> softcap, double temperature, bool stats, int64_t tile_tokens, double grad_tol,
-    bool search, double workspace_mb, bool keep) {
+    bool search, double workspace_mb, bool keep, const OptTensor& bounds) {
   TORCH_CHECK(0 < tile_tokens && tile_tokens <= 65536, "tile_tokens: expected 1 to 65536, got ", tile_tokens);
-  const auto in = stream_inputs(hidden, weight, bias, targets, {logit_scale, softcap, temperature});
+  auto in = stream_inputs(hidden, weight, bias, targets, {logit_scale, softcap, temperature});
+  in.bounds = floats(bounds, in.n);
   auto [out, results] = row_results(hidden, in.n, stats);
   Exponentials kept{nullptr, nullptr, in.n};
   Tensor values, scale;
@@ -274,7 +279,8 @@ TORCH_LIBRARY(fastdpo_cpu, m) {
   m.def("streams() -> bool", streams);
   m.def(
       "stream_forward(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float logit_scale, float? softcap, "
-      "float temperature, bool stats, int tile_tokens, float grad_tol, bool search, float workspace_mb, bool keep) -> Tensor[]",
+      "float temperature, bool stats, int tile_tokens, float grad_tol, bool search, float workspace_mb, bool keep, "
+      "Tensor? bounds) -> Tensor[]",
       stream);
   m.def(
       "stream_backward(Tensor hidden, Tensor weight, Tensor targets, Tensor logps, Tensor lse, Tensor grad_logps, "

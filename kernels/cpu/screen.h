@@ -3,6 +3,8 @@
 //     x = sx (q + ex),  w = sw (p + ew),  |ex|, |ew| <= 1/2  ->  z = sx sw (q . p) with an error of variance
 //     sigma^2 = (sx^2 |w|^2 + sw^2 |x|^2) / 12
 //
+// if the errors do not conspire with the other factor (they are roundings, and are taken as independent of it).
+//
 // A column whose screened logit stays 3 sigma below the threshold for every token is summed as it is: its share of lse
 // is off by e^(sigma^2/2) on average, which is taken off, and by sigma of a share below the threshold. Every other column
 // is computed again, exactly.

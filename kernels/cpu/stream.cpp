@@ -79,13 +79,13 @@ Scanned run(
   // Their e may take half of the workspace: vectors grow by doubling
   const double fit = workspace_mb * 0x1p20 / 2 / double(sizeof(float) * tile.padded);
   const int64_t most_candidates = int64_t(std::min(kCandidates * double(in.vocab), fit));
-  std::atomic<int64_t> candidates{0};  // beyond the most no chunk seeks any: which ones did, nothing depends on
+  std::atomic<int64_t> candidates{0};  // beyond the most the next wave seeks none
   std::atomic<int64_t> matter{0};  // columns of a wave that could not be dropped at once
   bool screening = tile.screen.depth > 0;
   const auto wave = [&](int64_t from, int64_t to) {
+    const bool none = keep == Keep::kCandidates && from > 0 && candidates > most_candidates;
     each_task(from, to, [&] {
       return [&, scratch = Scratch()](int64_t c) mutable {
-        const bool none = keep == Keep::kCandidates && from > 0 && candidates > most_candidates;
         chunks[c].reset(tile.padded, in.width);
         streamer.chunk(
             c * kChunk, std::min(in.vocab, (c + 1) * kChunk), none ? Keep::kNothing : keep, screening && !none, scratch,
@@ -135,8 +135,10 @@ Scanned run(
     add(from, to, all);
     if (from == 0)  // few, whatever they are
       candidates = 0;
-    screening = tile.screen.depth && double(matter) <= kInVain * double(kChunk * (to - from)) &&
-        !(keep == Keep::kCandidates && candidates > most_candidates);
+    // A first wave says little; one that neither screens nor seeks candidates, nothing
+    const bool known = screening || keep == Keep::kCandidates;
+    screening = tile.screen.depth && !(keep == Keep::kCandidates && candidates > most_candidates) &&
+        (from == 0 || (known && double(matter) <= kInVain * double(kChunk * (to - from))));
   }
   if (keep == Keep::kCandidates && candidates > most_candidates) {
     keep = Keep::kNothing;

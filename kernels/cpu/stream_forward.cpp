@@ -40,6 +40,8 @@ std::vector<Sparse> stream_forward(
     StreamInputs part = in;
     part.hidden += first * in.width;
     part.targets += first;
+    if (part.bounds)
+      part.bounds += first;
     part.n = std::min(tile_tokens, in.n - first);
     Tile tile(part, worth_searching(dense, int64_t(tiles.size())) ? grad_tol : 0, search);
     Exponentials of_tile{

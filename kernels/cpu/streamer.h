@@ -181,7 +181,7 @@ struct Streamer {
         const int64_t at = (r + c) * tile.padded;
         const float top = screened_top(
             scratch.products.data() + at, scales[r + c], in_bias(v), out.sums.m.data(), scratch.logits.data() + at);
-        if (top <= thresholds[r + c] && !is_target)  // a NaN is done again too
+        if (top > -kInfinity && top <= thresholds[r + c] && !is_target)  // a NaN leaves -infinity
           taken[c] = 1;
         else
           scratch.again.push_back(v);

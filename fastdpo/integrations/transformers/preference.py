@@ -143,14 +143,26 @@ class PreferenceLoss(TrainerCallback):
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called by the Trainer that has this as a callback."""
+        if getattr(args, "label_smoothing_factor", 0):
+            raise ValueError(
+                f"label_smoothing_factor: {args.label_smoothing_factor}; it is of a loss from logits. Expected 0, and "
+                "PreferenceLoss(label_smoothing=...)"
+            )
         self._is_callback = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Called by the Trainer: adds the metrics to `logs` and to `state.log_history`."""
-        prefix = next((prefix for prefix in self._metrics if f"{prefix}loss" in (logs or {})), None)
-        if logs is None or prefix is None or not self._metrics[prefix]:
+        # The Trainer's own losses: loss, and one of each evaluation, under its prefix
+        key = next(
+            (key for key in logs or {} if key == "loss" or (key.endswith("_loss") and key != "train_loss")), None
+        )
+        if logs is None or key is None:
             return
-        batches, self._metrics[prefix] = self._metrics[prefix], []
+        prefix = key.removesuffix("loss")
+        kind = "eval_" if prefix else ""
+        batches, self._metrics[kind] = self._metrics[kind], []
+        if not batches:
+            return
         means = {prefix + name: float(torch.stack([batch[name] for batch in batches]).mean()) for name in batches[0]}
         logs.update(means)
         state.log_history[-1].update(means)

@@ -49,8 +49,12 @@ class Plan:
         return (masks if len(masks) > 1 else next(iter(masks.values()))), {}
 
 
-def refusal(option: str, model: nn.Module, reason: str) -> ValueError:
-    return ValueError(f"{option}: {type(model).__name__} cannot run packed: {reason}")
+class PackingError(ValueError):
+    """Something that cannot run packed."""
+
+
+def refusal(option: str, model: nn.Module, reason: str) -> PackingError:
+    return PackingError(f"{option}: {type(model).__name__} cannot run packed: {reason}")
 
 
 def plan(model: Any, option: str) -> Plan:

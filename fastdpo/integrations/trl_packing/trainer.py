@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import inspect
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from trl import DPOTrainer
 
 from ..trl_reference import CachedReferenceTrainer
 from .forward import PackedForward, packed, unwrapped
-from .support import refusal
+from .support import PackingError, refusal
 
 
 class PackingTrainer(CachedReferenceTrainer):
@@ -29,13 +29,15 @@ class PackingTrainer(CachedReferenceTrainer):
         The others: `CachedReferenceTrainer`.
 
     Raises:
-        ValueError: a model whose sequences would leak into each other, or anything else that packing cannot honour.
+        PackingError: a model whose sequences would leak into each other, or anything else that packing cannot honour.
+        ValueError: options that contradict each other.
     """
 
     def __init__(
         self, *args: Any, padding_free: bool | None = None, shared_prompt: bool = False, **keywords: Any
     ) -> None:
-        named = dict(zip(list(inspect.signature(DPOTrainer.__init__).parameters)[1:], args, strict=False))
+        named = inspect.signature(DPOTrainer.__init__).bind_partial(self, *args).arguments
+        del named["self"]
         holder = named if "args" in named else keywords
         config: Any = holder.get("args")
         asked = config is not None and config.padding_free
@@ -49,7 +51,7 @@ class PackingTrainer(CachedReferenceTrainer):
             config.padding_free = False
         super().__init__(**named, **keywords)
         if asked:
-            config.padding_free = True
+            config.padding_free = cast(Any, self.args).padding_free = True
         self.padding_free = self._packing is not None
         self._packed()
 
@@ -73,7 +75,7 @@ class PackingTrainer(CachedReferenceTrainer):
         return packed(*self._forwards.values())
 
     def _check(self, option: str) -> None:
-        """Raise ValueError for what of the trainer cannot be honoured packed."""
+        """Raise PackingError for what of the trainer cannot be honoured packed."""
         policy: Any = self.accelerator.unwrap_model(self.model)
         for config in getattr(policy, "peft_config", {}).values():
             if config.is_prompt_learning:
@@ -81,10 +83,10 @@ class PackingTrainer(CachedReferenceTrainer):
             if getattr(config, "alora_invocation_tokens", None):
                 raise refusal(option, policy, "activated LoRA looks for its tokens once in each row")
         if self.args.neftune_noise_alpha is not None:
-            raise ValueError(
+            raise PackingError(
                 f"neftune_noise_alpha: {self.args.neftune_noise_alpha}; its noise depends on the length of a row, "
                 f"expected None with {option}"
             )
         parallelism: Any = getattr(self.accelerator, "parallelism_config", None)
         if parallelism is not None and (parallelism.cp_size > 1 or getattr(parallelism, "sp_size", 1) > 1):
-            raise ValueError(f"parallelism_config: context and sequence parallelism cut rows; {option} cannot")
+            raise PackingError(f"parallelism_config: context and sequence parallelism cut rows; {option} cannot")
