@@ -57,6 +57,21 @@ struct Streamer {
     return z;
   }
 
+  // Rows of weight from here and there, in bf16: [rows, H]
+  void gather(const int64_t* columns, int64_t rows, std::vector<BFloat16>& out) const {
+    out.resize(kRows * tile.in.width);
+    for (int64_t r = 0; r < rows; ++r)
+      std::copy_n(weight(columns[r]), tile.in.width, out.data() + r * tile.in.width);
+  }
+
+  // Raw logits without bias, [rows, padded n], of rows of weight `stride` apart
+  void product(int64_t rows, const BFloat16* block, int64_t stride, std::vector<float>& out) const {
+    out.resize(kRows * tile.padded);
+    at::native::cpublas::brgemm(
+        rows, tile.padded, tile.in.width, stride, tile.padded, tile.padded, false, block, tile.packed.data(), out.data(),
+        true);
+  }
+
   // The tile's targets are likely columns of all of its tokens: bound = log2 of the sum over them, where that is more
   void raise_bounds() {
     const auto& in = tile.in;
@@ -64,16 +79,13 @@ struct Streamer {
     for (const auto& target : tile.targets)
       if (target.column < in.vocab && (columns.empty() || columns.back() != target.column))
         columns.push_back(target.column);
-    std::vector<BFloat16> rows(kRows * in.width);
-    std::vector<float> logits(kRows * tile.padded), sums(tile.padded, 0.f);
+    std::vector<BFloat16> rows;
+    std::vector<float> logits, sums(tile.padded, 0.f);
     const F factor(base2.factor);
     for (size_t first = 0; first < columns.size(); first += kRows) {
       const int64_t count = std::min<int64_t>(kRows, int64_t(columns.size() - first));
-      for (int64_t r = 0; r < count; ++r)
-        std::copy_n(weight(columns[first + r]), in.width, rows.data() + r * in.width);
-      at::native::cpublas::brgemm(
-          count, tile.padded, in.width, in.width, tile.padded, tile.padded, false, rows.data(), tile.packed.data(),
-          logits.data(), true);
+      gather(columns.data() + first, count, rows);
+      product(count, rows.data(), in.width, logits);
       for (int64_t r = 0; r < count; ++r) {
         const F bias(in_bias(columns[first + r]));
         for (int64_t i = 0; i < tile.padded; i += kLanes) {
@@ -115,10 +127,7 @@ struct Streamer {
   void exactly(
       const int64_t* columns, int64_t rows, int64_t last, const BFloat16* block, int64_t stride, Keep keep,
       Scratch& scratch, std::vector<Target>::const_iterator& target, Chunk& out) {
-    scratch.logits.resize(kRows * tile.padded);
-    at::native::cpublas::brgemm(
-        rows, tile.padded, tile.in.width, stride, tile.padded, tile.padded, false, block, tile.packed.data(),
-        scratch.logits.data(), true);
+    product(rows, block, stride, scratch.logits);
     for (int64_t r = 0; r < rows;) {
       // The next rows, while the exponentials of these are computed
       for (int64_t v = columns[rows - 1] + 1 + r, end = std::min(last, v + kGroup); v < end; ++v)
@@ -139,11 +148,8 @@ struct Streamer {
     if (rows == 0)
       return;
     out.again += rows;
-    const int64_t width = tile.in.width;
-    scratch.weight.resize(kRows * width);
-    for (int64_t r = 0; r < rows; ++r)
-      std::copy_n(weight(scratch.again[r]), width, scratch.weight.data() + r * width);
-    exactly(scratch.again.data(), rows, 0, scratch.weight.data(), width, keep, scratch, target, out);
+    gather(scratch.again.data(), rows, scratch.weight);
+    exactly(scratch.again.data(), rows, 0, scratch.weight.data(), tile.in.width, keep, scratch, target, out);
     scratch.again.erase(scratch.again.begin(), scratch.again.begin() + rows);
   }
 
