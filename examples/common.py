@@ -56,3 +56,10 @@ def tokenize(pairs: Dataset, tokenizer: Any) -> Dataset:
         return {"prompt_ids": ids(start), **{f"{side}_ids": ids(whole[side][len(start) :]) for side in sides}}
 
     return pairs.map(row, remove_columns=pairs.column_names, load_from_cache_file=False)
+
+
+def print_steps(trainer: Any) -> None:
+    """A line for each step that the trainer logged."""
+    for record in trainer.state.log_history[:-1]:
+        loss, accuracy, margin = (record[name] for name in ("loss", "rewards/accuracies", "rewards/margins"))
+        print(f"step {record['step']}  loss {loss:.4f}  accuracy {accuracy:.2f}  margin {margin:.3f}")

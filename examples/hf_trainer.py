@@ -1,6 +1,6 @@
 """DPO with transformers' own Trainer: python examples/hf_trainer.py [--model FOLDER --data PAIRS.jsonl]"""
 
-from common import load, tokenize
+from common import load, print_steps, tokenize
 from transformers import Trainer, TrainingArguments
 
 from fastdpo.integrations.transformers import PreferenceCollator, PreferenceLoss, add_reference, fused_head
@@ -32,7 +32,4 @@ trainer = Trainer(
     callbacks=[loss],  # logs rewards and accuracies
 )
 trainer.train()
-
-for record in trainer.state.log_history[:-1]:
-    value, accuracy, margin = (record[name] for name in ("loss", "rewards/accuracies", "rewards/margins"))
-    print(f"step {record['step']}  loss {value:.4f}  accuracy {accuracy:.2f}  margin {margin:.3f}")
+print_steps(trainer)

@@ -3,7 +3,7 @@
 python examples/lora.py [--model FOLDER --data PAIRS.jsonl]
 """
 
-from common import load
+from common import load, print_steps
 from peft import LoraConfig
 from trl import DPOConfig
 
@@ -31,7 +31,4 @@ trainer = FastDPOTrainer(
 trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
 print(f"{trainable:,} of {sum(p.numel() for p in trainer.model.parameters()):,} parameters are trained")
 trainer.train()
-
-for record in trainer.state.log_history[:-1]:
-    loss, accuracy, margin = (record[name] for name in ("loss", "rewards/accuracies", "rewards/margins"))
-    print(f"step {record['step']}  loss {loss:.4f}  accuracy {accuracy:.2f}  margin {margin:.3f}")
+print_steps(trainer)

@@ -2,7 +2,7 @@
 
 import copy
 
-from common import load
+from common import load, print_steps
 from trl import DPOConfig
 
 from fastdpo.integrations.trl import FastDPOTrainer as DPOTrainer  # the line; it was: from trl import DPOTrainer
@@ -27,7 +27,4 @@ trainer = DPOTrainer(
     processing_class=tokenizer,
 )
 trainer.train()
-
-for record in trainer.state.log_history[:-1]:
-    loss, accuracy, margin = (record[name] for name in ("loss", "rewards/accuracies", "rewards/margins"))
-    print(f"step {record['step']}  loss {loss:.4f}  accuracy {accuracy:.2f}  margin {margin:.3f}")
+print_steps(trainer)

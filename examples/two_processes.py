@@ -26,8 +26,7 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)  # 1e-6, about, for a
 
 for step, batch in enumerate(batches):
     out = parallel(**{name: batch[name] for name in ("input_ids", "attention_mask", "completion_labels")})
-    aligned = torch.where(out.label_mask, 0, -100)  # the token logps are those of the next token already
-    loss = loss_of_tokens(out.tokens, aligned, batch["ref_logps"], beta=0.1)
+    loss = loss_of_tokens(out.tokens, out.counted, batch["ref_logps"], beta=0.1)
     loss.loss.backward()
     optimizer.step()
     optimizer.zero_grad()

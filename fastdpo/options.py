@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, TypedDict
 
 from .batch import IGNORE_INDEX
@@ -11,6 +11,8 @@ from .parallel import VocabParallel, check_parallel
 
 STATS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs", "lse", "dropped_mass")
 INFINITY = float("inf")
+# Keywords of the head that a trainer's integration leaves to its user
+HEAD_KEYWORDS = ("grad_tol", "workspace_mb", "backend")
 BACKENDS = ("auto", "triton", "cpu", "eager")
 
 
@@ -103,6 +105,13 @@ def head_options(
         *(transform, int(ignore_index), shift, unique, backend, inplace_backward, tolerance),
         *(float(workspace_mb), vocab_parallel),
     )
+
+
+def check_names(function: str, keywords: Iterable[str], known: Sequence[str]) -> None:
+    """Raise TypeError for a keyword that the function does not have."""
+    for name in keywords:
+        if name not in known:
+            raise TypeError(f"{name}: not a keyword of {function}; expected some of {', '.join(known)}")
 
 
 def check_number(name: str, value: object, above: float = -INFINITY, hint: str = "") -> None:

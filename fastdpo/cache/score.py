@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batch import IGNORE_INDEX
+from ..evaluating import evaluating
 from ..head import linear_token_logps
 from .errors import CacheError
 from .key import Reference, Sequence
@@ -64,7 +63,7 @@ class Scorer:
         head, reference = self._model.get_output_embeddings(), self._reference
         weight, bias = (x.full_tensor() if hasattr(x, "full_tensor") else x for x in (head.weight, head.bias))
         device = self._model.device
-        with torch.no_grad(), _evaluating(self._model), self._autocast(device):
+        with torch.no_grad(), evaluating(self._model), self._autocast(device):
             hidden = self._model.base_model(
                 input_ids=ids.to(device), attention_mask=attended.long().to(device), use_cache=False
             ).last_hidden_state.to(weight.device)
@@ -98,7 +97,7 @@ class Scorer:
         ours = self([Sequence(ids, np.ones(len(ids), np.bool_))])[0]
         device = self._model.device
         batch = torch.from_numpy(ids).long().to(device)[None]
-        with torch.no_grad(), _evaluating(self._model), self._autocast(device):
+        with torch.no_grad(), evaluating(self._model), self._autocast(device):
             logits = self._model(input_ids=batch, use_cache=False).logits.float() / self._reference.temperature
         truth = logits[:, :-1].log_softmax(-1).gather(-1, batch[:, 1:, None].to(logits.device)).flatten().cpu().numpy()
         rounding = 1e-3 if self._reference.dtype == "float32" and self._reference.autocast is None else 3e-2
@@ -108,14 +107,3 @@ class Scorer:
                 f"model: {type(self._model).__name__} does not make its logits of head(last_hidden_state), softcap "
                 f"{self._reference.softcap} and scale {self._reference.logit_scale}: logps differ by {error:.3g}"
             )
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

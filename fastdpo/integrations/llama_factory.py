@@ -20,11 +20,9 @@ import inspect
 import sys
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..batch import IGNORE_INDEX
-from ..options import head_options
+from ..options import HEAD_KEYWORDS, check_names, head_options
 from ..sequences import sequence_logps
 from .transformers import fused_head, is_fused
 
@@ -55,9 +53,7 @@ def patch(**head_keywords: Any) -> None:
         TypeError, ValueError: a bad keyword.
     """
     global _before_patch, _head_keywords
-    for name in head_keywords:
-        if name not in ("grad_tol", "workspace_mb", "backend"):
-            raise TypeError(f"{name}: not a keyword of patch(); expected some of grad_tol, workspace_mb, backend")
+    check_names("patch()", head_keywords, HEAD_KEYWORDS)
     head_options(**head_keywords)
     found = [_find(*site) for site in _SITES] if _before_patch is None else _before_patch
     _head_keywords = head_keywords
@@ -105,7 +101,7 @@ def _dpo_forward(self: Any, model: Any, batch: dict[str, Any], is_ref_model: boo
     labels = batch.pop("labels")
     out = model(**batch, completion_labels=labels, return_dict=True, use_cache=False)
     ld_alpha = None if is_ref_model else self.ld_alpha
-    logps = sequence_logps(out.token_logps, _aligned(out), ld_alpha=ld_alpha)
+    logps = sequence_logps(out.token_logps, out.counted, ld_alpha=ld_alpha)
     lengths = out.label_mask.sum(-1)
     if self.loss_type in _AVERAGED:
         logps = logps / lengths
@@ -153,11 +149,6 @@ def _fuse(*models: Any) -> None:
 
 def _detached(batch: dict[str, Any]) -> dict[str, Any]:
     return {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in batch.items()}
-
-
-def _aligned(out: Any) -> Tensor:
-    """Labels in all but their values: the token logps are those of the next token already."""
-    return torch.where(out.label_mask, 0, IGNORE_INDEX)
 
 
 # --- the sites -------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..parallel import plain
+from .zero3 import is_partitioned
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -104,7 +105,7 @@ def check_head(head: Any) -> None:
         check_weight(head.weight)
         return
     parameters = list(head.parameters()) if isinstance(head, nn.Module) else []
-    if any(hasattr(parameter, "ds_id") for parameter in parameters):
+    if any(map(is_partitioned, parameters)):
         return  # ZeRO-3: they are empty now, and the first step tells
     first = parameters[0] if parameters else torch.empty(1)
     with torch.no_grad():

@@ -15,6 +15,7 @@ FastDPOTrainer also trains adapters on the LM head, which TRL refuses (trl_head.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ..head import linear_token_logps
-from ..options import head_options
+from ..options import HEAD_KEYWORDS, check_names, head_options
 from .head_transform import HeadTransform, head_transform
 from .output_head import check_head, check_weight, output_head, whole
 from .zero3 import regathered
@@ -66,9 +67,7 @@ class TokenLogpFunction:
 
     def __init__(self, **head_keywords: Any) -> None:
         # A bad keyword raises here, not in the first step. TRL says all the others itself, at each call
-        for name in head_keywords:
-            if name not in ("grad_tol", "workspace_mb", "backend"):
-                raise TypeError(f"{name}: not a keyword of patch(); expected some of grad_tol, workspace_mb, backend")
+        check_names("patch()", head_keywords, HEAD_KEYWORDS)
         head_options(**head_keywords)
         self.head_keywords = head_keywords
         #: The head that the next call is of, where weight and bias alone do not say it (trl_head.py)
@@ -217,9 +216,7 @@ class FastDPOTrainer(PackingTrainer):
             super().__init__(*args, **keywords)
         for model in self._fused_models():
             check_head(model.get_output_embeddings())
-        transforms = {head_transform(model.config) for model in self._fused_models()}
-        if len(transforms) > 1:
-            raise ValueError(f"ref_model: its softcap and logit scale differ from the policy's: {transforms}")
+        self._transform  # noqa: B018  raises now, not in the first step
 
     def _compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool) -> Any:
         if self.beta_schedule is not None:
@@ -239,8 +236,15 @@ class FastDPOTrainer(PackingTrainer):
         """TRL's fused forward scores tokens with fastdpo, and with all that the head computes."""
         models = self._fused_models()
         with patched(**self.head_keywords) as function, whole_heads(function, models):
-            function.transform = head_transform(models[0].config)
+            function.transform = self._transform
             yield
+
+    @functools.cached_property
+    def _transform(self) -> HeadTransform:
+        found = {head_transform(model.config) for model in self._fused_models()}
+        if len(found) > 1:
+            raise ValueError(f"ref_model: its softcap and logit scale differ from the policy's: {found}")
+        return found.pop()
 
     def _fused_models(self) -> list[Any]:
         """Policy and reference, those whose forward TRL fused with the head."""

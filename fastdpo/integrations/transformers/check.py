@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 
+from ...evaluating import evaluating
 from .compute import FusedHead, fused_output
 
 
@@ -16,7 +15,7 @@ def compare(model: Any, state: FusedHead) -> None:
     ids = torch.arange(1, 9, device=model.device)[None] * 7 % model.get_input_embeddings().num_embeddings
     mask = torch.ones_like(ids)
     exact = FusedHead({"temperature": 1.0, "grad_tol": 0}, state.transform, None)
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), evaluating(model):
         own = model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False)
         ours = fused_output(model, exact, ids, None, None, None, {"input_ids": ids, "attention_mask": mask})
     logits = own.logits.float()
@@ -40,14 +39,3 @@ def compare(model: Any, state: FusedHead) -> None:
             f"model: {type(model).__name__}'s own loss is {float(own.loss):.6g}, that of its token logps "
             f"{float(ours.loss):.6g}: it adds something that a fused head would leave out"
         )
-
-
-@contextlib.contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

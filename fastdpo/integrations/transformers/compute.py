@@ -44,6 +44,12 @@ class FusedOutput(ModelOutput):
     router_logits: Any = None
 
     @property
+    def counted(self) -> Tensor:
+        """int64 `[B, T]`, labels as the losses ask for them, aligned: they only tell which tokens count."""
+        assert self.label_mask is not None
+        return torch.where(self.label_mask, 0, IGNORE_INDEX)
+
+    @property
     def tokens(self) -> TokenLogps:
         """The token results, as `linear_token_logps` returns them."""
         assert self.token_logps is not None

@@ -11,14 +11,14 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...options import head_options
+from ...options import HEAD_KEYWORDS, check_names, head_options
 from ..head_transform import head_transform
 from .check import compare
 from .compute import FusedHead, fused_output
 from .head import check as check_lm_head
 
 _STATE = "_fastdpo_head"
-_KEYWORDS = ("temperature", "stats", "grad_tol", "workspace_mb", "backend")
+_KEYWORDS = ("temperature", "stats", *HEAD_KEYWORDS)
 
 
 def fused_head(model: Any, *, check: bool = True, **keywords: Any) -> Any:
@@ -59,9 +59,7 @@ def fused_head(model: Any, *, check: bool = True, **keywords: Any) -> Any:
             "model: its forward was replaced already, and a fused head would leave that out (accelerate's autocast, "
             "TRL's own fused head, ...); fuse the head before a Trainer or accelerator.prepare takes the model"
         )
-    for name in keywords:
-        if name not in _KEYWORDS:
-            raise TypeError(f"{name}: not a keyword of fused_head; expected some of check, {', '.join(_KEYWORDS)}")
+    check_names("fused_head", keywords, ("check", *_KEYWORDS))
     head_options(**keywords)
     state = FusedHead(keywords, head_transform(base.config), base.__dict__.get("forward"))
     if not any(parameter.is_meta for parameter in base.parameters()):

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from ...batch import IGNORE_INDEX
+from ...evaluating import evaluating
 from ...metrics import preference_metrics
 from ...preference import _check_keywords, loss_of_tokens
 from .compute import FusedOutput
@@ -131,10 +132,8 @@ class PreferenceLoss(TrainerCallback):
                 f"{None if labels is None else list(labels.shape)}"
             )
         ref_logps = outputs.get("ref_logps")
-        tokens = FusedOutput(**{k: v for k, v in outputs.items() if k != "loss"}).tokens
-        # The tokens are aligned with what they predict, so any label marks one that counts
-        counted = torch.where(outputs["label_mask"], 0, IGNORE_INDEX)
-        out = loss_of_tokens(tokens, counted, ref_logps, **self.keywords)
+        fused = FusedOutput(**{k: v for k, v in outputs.items() if k != "loss"})
+        out = loss_of_tokens(fused.tokens, fused.counted, ref_logps, **self.keywords)
         if self._is_callback:
             self._metrics["" if torch.is_grad_enabled() else "eval_"].append(preference_metrics(out, ref_logps))
         router_loss = outputs.get("router_loss")
@@ -171,16 +170,14 @@ class PreferenceLoss(TrainerCallback):
 def add_reference(rows: Any, model: Any, collator: PreferenceCollator, batch_size: int = 8) -> Any:
     """A `datasets.Dataset` with the reference's sums, `ref_chosen_logps` and `ref_rejected_logps`, of a fused model as
     it is now, in evaluation mode. For references of whole runs and machines: `fastdpo cache build`."""
-    training = model.training
-    model.eval()
+    names = ("input_ids", "attention_mask", "completion_labels")
     sums: list[list[float]] = [[], []]
-    for start in range(0, len(rows), batch_size):
-        batch = collator(list(rows.select(range(start, min(start + batch_size, len(rows))))))
-        given = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask", "completion_labels")}
-        with torch.no_grad():
-            for found, half in zip(sums, model(**given).token_logps.sum(-1).chunk(2), strict=True):
+    with torch.no_grad(), evaluating(model):
+        for start in range(0, len(rows), batch_size):
+            batch = collator(list(rows.select(range(start, min(start + batch_size, len(rows))))))
+            logps = model(**{name: batch[name].to(model.device) for name in names}).token_logps
+            for found, half in zip(sums, logps.sum(-1).chunk(2), strict=True):
                 found += half.tolist()
-    model.train(training)
     for column, values in zip(_REFERENCE, sums, strict=True):
         rows = rows.add_column(column, values)
     return rows

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.generic import is_flash_attention_requested
 
+from ...evaluating import evaluating
 from .attention import SEGMENTS, additive_mask, block_mask, flash_keywords, register, segment_table
 from .layout import Layout, layout
 
@@ -134,17 +135,12 @@ def probe(model: Any, option: str, run: Callable[[Layout, Tensor], Tensor], devi
     rows[2:, :6] = rows[:2, :6]  # two pairs with a common prompt
     every = torch.ones_like(rows)
     row = layout(rows, every, rows, shared_prompt=option == "shared_prompt")
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    with evaluating(model):
         packed = row.unpack(run(row, row.pack(rows)))
         alone = model.base_model(input_ids=rows, use_cache=False).last_hidden_state
         other = rows.clone()
         other[:, :6] = rows.flip(1)[:, :6]
         changed = model.base_model(input_ids=other, use_cache=False).last_hidden_state
-    finally:
-        for module in training:
-            module.training = True
     own = (changed - alone)[:, 6:].float().norm(dim=(1, 2))
     off = (packed - alone).float().norm(dim=(1, 2))
     if not (off <= _PROBE_TOLERANCE * own).all():
