@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,15 +9,12 @@ import torch
 
 pytest.importorskip("trl")
 
-import cache_kit
 import transformers
-from datasets import Dataset
 from peft import LoraConfig
 from torch import Tensor
-from trl import DPOConfig
 from trl.trainer.utils import add_fused_lm_head
+from trl_kit import PAIRS, config_of, make, train  # noqa: F401
 
-PAIRS = cache_kit.rows(6)
 OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
 VOCAB = 101
 _SMALL = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -84,32 +80,6 @@ def pair_batch(
         mask[row, : len(tokens)] = 1
         labels[row, prompt : len(tokens)] = tokens[prompt:]
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-def config(output: Path, **settings: Any) -> DPOConfig:
-    """Three steps of two rows in float32."""
-    fixed = {"max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 1e-3, "logging_steps": 1, "seed": 1}
-    fixed |= {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "bf16": False, "use_cpu": True}
-    return DPOConfig(output_dir=str(output), **{**fixed, **settings})
-
-
-def make(
-    trainer_class: type, folder: str, output: Path, *, arguments: dict[str, Any] | None = None, **settings: Any
-) -> Any:
-    """A trainer on the model in a folder, not yet trained. arguments: of the trainer; settings: of its config."""
-    given: dict[str, Any] = {
-        "model": cache_kit.model_of(folder),
-        "args": config(output, **settings),
-        "train_dataset": Dataset.from_list(PAIRS),
-        "processing_class": cache_kit.tokenizer_of(folder),
-    }
-    return trainer_class(**(given | (arguments or {})))
-
-
-def train(*given: Any, **keywords: Any) -> Any:
-    trainer = make(*given, **keywords)
-    trainer.train()
-    return trainer
 
 
 def lora(*modules: str) -> LoraConfig:

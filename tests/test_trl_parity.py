@@ -20,7 +20,7 @@ import torch
 from datasets import Dataset
 from packing_kit import assert_same_run
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from trl import DPOTrainer
+from trl import DPOConfig, DPOTrainer
 
 from fastdpo.cache import ReferenceCache
 from fastdpo.integrations.trl import FastDPOTrainer
@@ -163,10 +163,10 @@ def test_padding_free_of_dpoconfig(tiny, tmp_path, caplog):
     assert "temporarily unavailable" not in caplog.text
     assert trainer.args.padding_free and trainer.padding_free
     assert [one.option for one in trainer._forwards.values()] == ["padding_free"] * 2, "policy and reference"
-    given = kit.config(tmp_path, padding_free=True)
+    given = kit.config_of(DPOConfig, tmp_path, padding_free=True)
     trainer = kit.make(FastDPOTrainer, tiny, tmp_path, arguments={"args": given, "shared_prompt": True})
     assert trainer._packing == "shared_prompt" and given.padding_free
-    given = kit.config(tmp_path)
+    given = kit.config_of(DPOConfig, tmp_path)
     trainer = kit.make(FastDPOTrainer, tiny, tmp_path, arguments={"args": given, "shared_prompt": True})
     assert trainer.padding_free and not given.padding_free, "the user's arguments are the user's"
     trainer = kit.make(FastDPOTrainer, tiny, tmp_path)
@@ -179,7 +179,7 @@ def test_padding_free_of_dpoconfig(tiny, tmp_path, caplog):
 
 def test_arguments_by_position(tiny, tmp_path):
     data, tokenizer = Dataset.from_list(kit.PAIRS), cache_kit.tokenizer_of(tiny)
-    args = kit.config(tmp_path, padding_free=True)
+    args = kit.config_of(DPOConfig, tmp_path, padding_free=True)
     trainer = FastDPOTrainer(cache_kit.model_of(tiny), None, args, None, data, processing_class=tokenizer)
     assert trainer._packing == "padding_free"
     with pytest.raises(TypeError, match="multiple values for keyword argument 'args'"):

@@ -55,12 +55,13 @@ def make(
     **settings: Any,
 ) -> Any:
     """A trainer on the tiny model (or `model`), not yet trained. settings: of its config; arguments: of the trainer."""
-    return trainer_class(
-        model=AutoModelForCausalLM.from_pretrained(tiny) if model is None else model,
-        args=config_of(config_class, output, **settings),
-        train_dataset=Dataset.from_list(PAIRS if rows is None else rows),
-        **{"processing_class": tokenizer_of(tiny), **(arguments or {})},
-    )
+    given = {
+        "model": AutoModelForCausalLM.from_pretrained(tiny) if model is None else model,
+        "args": config_of(config_class, output, **settings),
+        "train_dataset": Dataset.from_list(PAIRS if rows is None else rows),
+        "processing_class": tokenizer_of(tiny),
+    }
+    return trainer_class(**(given | (arguments or {})))
 
 
 def train(*given: Any, **keywords: Any) -> Any:
