@@ -14,7 +14,7 @@ setup(
     # would shadow the PyPI package of that name
     package_dir={"fastdpo": "fastdpo", "fastdpo.gpu": "kernels/gpu", "fastdpo.cpu": "kernels/cpu"},
     packages=[
-        *("fastdpo", "fastdpo.cache", "fastdpo.gpu", "fastdpo.cpu", "fastdpo.losses"),
+        *("fastdpo", "fastdpo.bench", "fastdpo.cache", "fastdpo.gpu", "fastdpo.cpu", "fastdpo.losses"),
         *("fastdpo.integrations", "fastdpo.integrations.liger", "fastdpo.integrations.transformers"),
         "fastdpo.integrations.trl_packing",
     ],

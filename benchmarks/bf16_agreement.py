@@ -20,10 +20,9 @@ import trl.trainer.utils
 from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
+from fastdpo.bench.measure import machine
 from fastdpo.integrations.trl import TokenLogpFunction, patched
 from fastdpo.train_data import plain_chat_template, read_pairs
-
-from .measure import machine
 
 
 class Float32Head(TokenLogpFunction):

@@ -17,11 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
+from fastdpo.bench.measure import alternate, machine
 from fastdpo.cache import Reference, shard
 from fastdpo.cache.index import Index
 from fastdpo.cache.key import KEY_BYTES
-
-from .measure import alternate, machine
 
 REFERENCE = Reference("0" * 64, "float32", None, 1.0, None, 1.0)
 

@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .measure import alternate, machine, peak_mib
-from .providers import PROVIDERS, Batch, dpo_truth, first_tokens, run
+from fastdpo.bench.measure import alternate, machine, peak_mib
+from fastdpo.bench.providers import PROVIDERS, Batch, dpo_truth, first_tokens, run
 
 CHECKED_TOKENS = 256
 # Relative error of a gradient; eager bf16 is at 1.5e-2, Liger, which rounds the logps of whole sequences, at 6e-2

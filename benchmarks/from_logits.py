@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 import fastdpo
-
-from .measure import alternate, check, machine
+from fastdpo.bench.measure import alternate, check, machine
 
 
 def plain(logits: Tensor, labels: Tensor) -> Tensor:

@@ -25,11 +25,11 @@ import psutil
 import torch
 from matplotlib.figure import Figure
 
+from fastdpo.bench.measure import machine, peak_mib
+from fastdpo.bench.providers import PROVIDERS, Batch, first_tokens, run
 from fastdpo.plots import STYLE
 
 from .from_hidden import dense_batch, real_batch
-from .measure import machine, peak_mib
-from .providers import PROVIDERS, Batch, first_tokens, run
 
 TOKENS = (512, 2048, 8192, 32768)
 VOCABULARIES = (32768, 65536, 131072, 262144)

@@ -24,12 +24,11 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from trl.trainer.utils import add_fused_lm_head
 
+from fastdpo.bench.measure import alternate, check, machine
 from fastdpo.integrations.trl import patched
 from fastdpo.integrations.trl_packing.forward import PackedForward, packed
 from fastdpo.integrations.trl_packing.layout import layout
 from fastdpo.plots import BLUE, GREEN, GREY, STYLE
-
-from .measure import alternate, check, machine
 
 OPTIONS = {"padded": None, "padding-free": "padding_free", "shared prompt": "shared_prompt"}
 COLOURS = {"padded": GREY, "padding-free": GREEN, "shared prompt": BLUE}

@@ -22,7 +22,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .measure import machine
+from fastdpo.bench.measure import machine
 
 LORA = ["--use_peft", "--lora_r", "16", "--lora_target_modules", "q_proj", "k_proj", "v_proj", "o_proj"]
 CONTENDERS: dict[str, list[str]] = {

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-import fastdpo
+from .. import linear_token_logps
 
 
 class Batch(NamedTuple):
@@ -45,16 +45,16 @@ def cce(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def fast(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    return fastdpo.linear_token_logps(hidden, weight, labels).logps
+    return linear_token_logps(hidden, weight, labels).logps
 
 
 def fast_exact(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    return fastdpo.linear_token_logps(hidden, weight, labels, grad_tol=0).logps
+    return linear_token_logps(hidden, weight, labels, grad_tol=0).logps
 
 
 def fast_exact_kept(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """With a workspace that holds what CCE holds: all logits, in bf16."""
-    return fastdpo.linear_token_logps(
+    return linear_token_logps(
         hidden, weight, labels, grad_tol=0, workspace_mb=len(labels) * len(weight) / 2**19 + 1
     ).logps
 

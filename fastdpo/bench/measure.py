@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastdpo.recorder import peak_memory_mib, resident_memory_mib
+from ..recorder import peak_memory_mib, resident_memory_mib
 
 
 def check(name: str, result: Tensor, truth: Tensor, tolerance: float) -> None:
