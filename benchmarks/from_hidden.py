@@ -12,16 +12,15 @@ A contender that is not installed is named and left out. --needs frozen: no grad
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fastdpo.bench.measure import alternate, machine, peak_mib
-from fastdpo.bench.providers import PROVIDERS, Batch, dpo_truth, first_tokens, run
+from fastdpo.bench.isolated import run_alone
+from fastdpo.bench.measure import alternate, machine
+from fastdpo.bench.providers import NEEDS, PROVIDERS, Batch, dpo_truth, first_tokens, run
 
 CHECKED_TOKENS = 256
 # Relative error of a gradient; eager bf16 is at 1.5e-2, Liger, which rounds the logps of whole sequences, at 6e-2
@@ -94,20 +93,6 @@ def errors(name: str, batch: Batch, needs: str) -> list[float]:
     return [(result[0] - truth[0]).abs().mean().item(), *relative]
 
 
-def peak_here(name: str, needs: str, inputs: str) -> float:
-    """Peak resident MiB of one run above inputs and returned gradients, for a process of its own."""
-    batch = Batch(*torch.load(inputs))
-    for tokens in (8, 12):  # libraries loaded; torch.compile has seen that N varies
-        run(name, first_tokens(batch, tokens), needs)
-    return peak_mib(lambda: run(name, batch, needs)[1:])[0]
-
-
-def peak_of(name: str, needs: str, inputs: str) -> float:
-    """`peak_here` in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.from_hidden", "--memory-of", name, needs, inputs]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model")
@@ -116,14 +101,10 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--dense", action="store_true")
-    parser.add_argument("--needs", default="both", choices=["both", "frozen", "forward"])
+    parser.add_argument("--needs", default="both", choices=NEEDS)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--contenders", nargs="*", default=list(PROVIDERS), choices=list(PROVIDERS))
-    parser.add_argument("--memory-of", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.memory_of:
-        print(peak_here(*options.memory_of))
-        return
     if options.model is None or options.data is None:
         parser.error("--model and --data are needed")
 
@@ -158,7 +139,8 @@ def main() -> None:
         for name, value in seconds.items():
             line = f"{name:24}{value:9.2f}{value / seconds['forward product alone']:11.2f}"
             if name in checked:
-                line += f"{peak_of(name, needs, file.name):9.0f}"
+                alone = run_alone(name, Path(file.name), needs)
+                line += f"{alone.failed or format(alone.mib, '.0f'):>9}"
                 line += "".join(f"{e:{w}.1e}" for e, w in zip(checked[name], (12, 10, 10), strict=False))
             print(line, flush=True)
 

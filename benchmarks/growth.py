@@ -13,20 +13,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-import psutil
 import torch
 from matplotlib.figure import Figure
 
-from fastdpo.bench.measure import machine, peak_mib
-from fastdpo.bench.providers import PROVIDERS, Batch, first_tokens, run
+from fastdpo.bench.isolated import run_alone
+from fastdpo.bench.measure import machine
+from fastdpo.bench.providers import PROVIDERS, Batch
 from fastdpo.plots import STYLE
 
 from .from_hidden import dense_batch, real_batch
@@ -45,21 +41,14 @@ COLOURS = {  # Okabe and Ito
 }
 
 
-def point(name: str, kind: str, tokens: int, vocab: int, inputs: Path) -> dict[str, Any]:
-    """In this process: seconds of one run (the better of two where it is short) and its peak MiB."""
-    resource.setrlimit(resource.RLIMIT_DATA, (int(psutil.virtual_memory().available * 0.9),) * 2)
-    whole = Batch(*torch.load(inputs, mmap=True))
-    batch = first_tokens(whole._replace(weight=whole.weight[:vocab].clone(), labels=whole.labels % vocab), tokens // 2)
-    if kind == "dense":
-        batch = dense_batch(batch)
-    for few in (8, 12):
-        run(name, first_tokens(batch, few))
-    peak, seconds = peak_mib(lambda: run(name, batch)[1:])
-    if seconds < 5:
-        start = time.perf_counter()
-        run(name, batch)
-        seconds = min(seconds, time.perf_counter() - start)
-    return {"seconds": seconds, "mib": peak}
+def inputs_of(kind: str, vocab: int, real: Path) -> Path:
+    """A file with the batch of a kind and V beside `real`, that of the whole head; made once."""
+    path = real.with_name(f"{real.stem}-{kind}-{vocab}.pt")
+    if not path.exists():
+        whole = Batch(*torch.load(real, weights_only=True))
+        batch = whole._replace(weight=whole.weight[:vocab].clone(), labels=whole.labels % vocab)
+        torch.save(tuple(dense_batch(batch) if kind == "dense" else batch), path)
+    return path
 
 
 def measure(options: argparse.Namespace, inputs: Path, path: Path) -> list[dict[str, Any]]:
@@ -80,24 +69,15 @@ def measure(options: argparse.Namespace, inputs: Path, path: Path) -> list[dict[
             and old["vocab"] <= vocab
             and old["tokens"] <= tokens
         ]
-        result = {"failed": stopped[0]["failed"]} if stopped else _in_process(key, options.limit, inputs)
+        if stopped:
+            result = {"failed": stopped[0]["failed"]}
+        else:
+            batch = inputs_of(kind, vocab, inputs)
+            outcome = run_alone(name, batch, tokens=tokens, limit=options.limit)
+            result = {key: value for key, value in outcome._asdict().items() if value is not None}
         found.append(key | result)
         path.write_text(json.dumps({"machine": machine(), "limit": options.limit, "points": found}, indent=1) + "\n")
     return found
-
-
-def _in_process(key: dict[str, Any], limit: float, inputs: Path) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.growth", "--point", *map(str, key.values()), str(inputs)]
-    try:
-        # Loading and compiling come on top of the runs
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit + 60)
-    except subprocess.TimeoutExpired:
-        return {"failed": f"more than {limit:.0f} s"}
-    if done.returncode:
-        known = "memory" in done.stderr.lower() or done.returncode < 0
-        return {"failed": "memory" if known else done.stderr.strip().splitlines()[-1]}
-    result = json.loads(done.stdout.splitlines()[-1])
-    return result if result["seconds"] <= limit else {"failed": f"more than {limit:.0f} s"}
 
 
 def table(points: list[dict[str, Any]]) -> str:
@@ -141,12 +121,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--limit", type=float, default=50)
     parser.add_argument("--contenders", nargs="*", default=list(COLOURS), choices=list(PROVIDERS))
-    parser.add_argument("--point", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.point:
-        name, kind, vocab, tokens, inputs = options.point
-        print(json.dumps(point(name, kind, int(tokens), int(vocab), Path(inputs))))
-        return
     if options.model is None or options.data is None or options.output is None:
         parser.error("--model, --data and --output are needed")
     options.output.mkdir(parents=True, exist_ok=True)

@@ -68,6 +68,7 @@ TOKEN_LOGPS = {
     "fastdpo exact, kept": fast_exact_kept,
 }
 PROVIDERS = (*TOKEN_LOGPS, "Liger")
+NEEDS = ("both", "frozen", "forward")
 
 
 def run(name: str, batch: Batch, needs: str = "both") -> list[Tensor]:
