@@ -183,6 +183,7 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     points = measure(options)
     settings = {key: value for key, value in vars(options).items() if key != "output"}
+    settings["model"] = options.model and Path(options.model).name
     result = {"machine": machine(), "settings": settings, "points": points}
     (options.output / "shared_prompts.json").write_text(json.dumps(result, indent=1) + "\n")
     picture(points, options.output / "shared_prompts.png")
