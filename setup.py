@@ -22,7 +22,7 @@ setup(
     install_requires=["torch>=2.8", "ninja", "numpy"],
     extras_require={
         "triton": ["triton>=3.4"],
-        "trl": ["trl==1.16.0", "transformers", "matplotlib", "pyarrow>=16", "safetensors", "tqdm"],
+        "trl": ["trl==1.16.0", "transformers", "peft", "matplotlib", "pyarrow>=16", "safetensors", "tqdm"],
     },
     entry_points={"console_scripts": ["fastdpo = fastdpo.cli:main"]},
 )

@@ -14,7 +14,11 @@ from typing import Any
 
 import torch
 
+from .losses.table import LOSSES, did_you_mean
 from .train_data import DataError, plain_chat_template, read_pairs
+
+# TRL has trainers of their own for the others
+TRL_LOSSES = [name for name in LOSSES if name not in ("kto", "cpo", "simpo", "orpo")]
 
 
 @dataclass
@@ -107,6 +111,11 @@ def run(own: FastDPOArguments, script: Any, config: Any, model: Any, mixture: An
     if own.trainer == "trl" and (own.shared_prompt or config.padding_free):
         option = "shared_prompt" if own.shared_prompt else "padding_free"
         raise DataError(f"--{option}: only FastDPOTrainer knows it, not --trainer trl")
+    for name in config.loss_type:
+        if name not in TRL_LOSSES:  # TRL finds out at the first step
+            raise DataError(
+                f"--loss_type {name}: expected one of {', '.join(TRL_LOSSES)}{did_you_mean(name, TRL_LOSSES)}"
+            )
     train_data, eval_data = _datasets(own, script, config, mixture)
     # As `trl dpo` builds its model
     config.model_init_kwargs = {

@@ -208,6 +208,11 @@ def test_bad_arguments(tiny, tmp_path, capsys):
         (train_arguments(str(tmp_path / "no-model"), data, tmp_path), "--model_name_or_path"),
         (train_arguments(tiny, data, tmp_path, "--nonsense", "3"), "--nonsense"),
         (train_arguments(tiny, data, tmp_path, "--trainer", "trl", "--shared_prompt"), "only FastDPOTrainer knows it"),
+        (
+            train_arguments(tiny, data, tmp_path, "--loss_type", "sigmod"),
+            "--loss_type sigmod: expected one of sigmoid, ",
+        ),
+        (train_arguments(tiny, data, tmp_path, "--loss_type", "sigmoid", "kto"), "--loss_type kto: expected one of"),
         (train_arguments(tiny, data, tmp_path, "--eval_strategy", "epoch"), "needs --eval_data or --test_split_size"),
     ]
     for arguments, message in cases:

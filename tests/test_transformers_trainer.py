@@ -295,6 +295,10 @@ def test_what_the_loss_refuses(tmp_path):
     out = fused_head(model)(**batch)
     with pytest.raises(ValueError, match=r"labels: expected PreferenceCollator's, \[5, 2\].*got \[10, 13\]"):
         loss(out, batch["completion_labels"], 5)
+    with pytest.raises(ValueError, match=r"ref_logps: not in the batch.*PreferenceLoss\(reference_free=True\)"):
+        PreferenceLoss(loss_type=["simpo", "ipo"])(out, labels)
+    assert PreferenceLoss(reference_free=True)(out, labels).isfinite()
+    assert PreferenceLoss(parameterization="posterior")(out, labels).isfinite()
     with pytest.raises(ValueError, match="beta: expected one number"):
         PreferenceLoss(beta=lambda step: 0.1)
     with pytest.raises(TypeError, match="bata: not a keyword of loss_of_tokens"):

@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 
 from ...batch import IGNORE_INDEX
 from ...evaluating import evaluating
+from ...losses.table import find_loss
 from ...metrics import preference_metrics
 from ...preference import _check_keywords, loss_of_tokens
 from .compute import FusedOutput
@@ -97,6 +98,7 @@ class PreferenceLoss(TrainerCallback):
     since it last did.
 
     Args:
+        reference_free: a loss on log-ratios takes the reference's logps as 0 where batches have none; False: it raises.
         keywords: `beta`, `loss_type`, `label_smoothing` and the options of `fastdpo.dpo_loss`; a schedule for beta
             cannot be had here, as nothing tells the loss the step.
 
@@ -104,11 +106,15 @@ class PreferenceLoss(TrainerCallback):
         TypeError, ValueError: as `fastdpo.dpo_loss`; a beta schedule.
     """
 
-    def __init__(self, **keywords: Any) -> None:
+    def __init__(self, *, reference_free: bool = False, **keywords: Any) -> None:
         _check_keywords(loss_of_tokens, keywords)
         if callable(keywords.get("beta")) or keywords.get("betas") is not None:
             raise ValueError("beta: expected one number, as transformers' Trainer gives a loss neither step nor vector")
         self.keywords = keywords
+        asked = keywords.get("loss_type", "sigmoid")
+        losses = [find_loss(one) for one in (asked if isinstance(asked, (list, tuple)) else [asked])]
+        ratios = keywords.get("parameterization") != "posterior" and any("ref_logps" in loss.uses for loss in losses)
+        self._needs_reference = ratios and not reference_free
         self._is_callback = False
         self._metrics: dict[str, list[dict[str, Tensor]]] = {"": [], "eval_": []}
 
@@ -117,7 +123,7 @@ class PreferenceLoss(TrainerCallback):
 
         Raises:
             ValueError: outputs of a model whose head is not fused, or that had no completion_labels; labels that do not
-                count the pairs.
+                count the pairs; no ref_logps for a loss on log-ratios, unless `reference_free`.
         """
         logps = outputs.get("token_logps") if isinstance(outputs, dict) else None
         if logps is None:
@@ -132,6 +138,11 @@ class PreferenceLoss(TrainerCallback):
                 f"{None if labels is None else list(labels.shape)}"
             )
         ref_logps = outputs.get("ref_logps")
+        if ref_logps is None and self._needs_reference:
+            raise ValueError(
+                "ref_logps: not in the batch, and the loss compares with a reference; expected rows of add_reference "
+                "or of `fastdpo cache attach`, or PreferenceLoss(reference_free=True)"
+            )
         fused = FusedOutput(**{k: v for k, v in outputs.items() if k != "loss"})
         out = loss_of_tokens(fused.tokens, fused.counted, ref_logps, **self.keywords)
         if self._is_callback:
