@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow lint bench docs clean
 
 demo: $(READY)
 	$(BIN)/fastdpo demo
@@ -22,8 +22,12 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks.from_logits
 
+docs: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build site *.egg-info
 
 $(READY): requirements-dev.txt setup.py pyproject.toml
 	$(PYTHON) -m venv .venv
