@@ -1,4 +1,4 @@
-"""mkdocs hook: README.md, CHANGELOG.md and kernels/README.md become pages, and links to files of the repository lead there."""
+"""mkdocs hook: README.md, CHANGELOG.md and kernels/README.md become pages, and links to them lead there."""
 
 from __future__ import annotations
 
