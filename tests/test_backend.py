@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import subprocess
@@ -75,6 +76,60 @@ def test_a_built_library_needs_no_compiler(tmp_path: Path) -> None:
     code = "from fastdpo.backend import load; print(load('cpu'))"
     done = run(code, PATH=str(tmp_path), CXX="")
     assert "module 'fastdpo.cpu'" in done.stdout
+
+
+def test_a_cache_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")  # a permission would not keep root out
+    code = "import torch, fastdpo; print(fastdpo.token_logps(torch.zeros(2, 4), torch.zeros(2).long()).logps[0].item())"
+    done = run(code, FASTDPO_CACHE=str(tmp_path / "file" / "cache"))
+    assert float(done.stdout) == pytest.approx(-math.log(4)), done.stderr
+    assert done.stderr.count("the C++ library cannot be built in") == 1
+    assert "set FASTDPO_CACHE to a folder that can be written" in done.stderr
+
+
+@pytest.mark.skipif(isinstance(load("cpu"), str), reason="no C++ compiler")
+def test_two_processes_build_at_once(tmp_path: Path) -> None:
+    """A compiler that waits for the other process in the middle of its link: both end with the library."""
+    from fastdpo.cpu.build import library
+
+    compiler = tmp_path / "slow-c++"
+    compiler.write_text(
+        f"""#!{sys.executable}
+import os, pathlib, shutil, sys, time
+out = sys.argv[sys.argv.index("-o") + 1]
+if "-shared" in sys.argv:
+    shutil.copy({str(library())!r}, out)
+    pathlib.Path({str(tmp_path)!r}, f"linking-{{os.getpid()}}").touch()
+    until = time.time() + 120
+    while len(list(pathlib.Path({str(tmp_path)!r}).glob("linking-*"))) < 2 and time.time() < until:
+        time.sleep(0.01)
+else:
+    pathlib.Path(out).touch()
+"""
+    )
+    compiler.chmod(0o755)
+    code = "from fastdpo.backend import load; print(load('cpu'))"
+    environment = {**os.environ, "FASTDPO_CACHE": str(tmp_path / "cache"), "CXX": str(compiler)}
+    both = [
+        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    assert ["module 'fastdpo.cpu'" in process.communicate(timeout=300)[0] for process in both] == [True, True]
+    assert len(list(tmp_path.glob("linking-*"))) == 2, "both built"
+    (folder,) = (tmp_path / "cache").iterdir()
+    assert [path.name for path in folder.iterdir()] == ["fastdpo_cpu.so"]
+
+
+def test_a_build_is_for_one_kind_of_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another CPU, or torch's capability for this one, built has another name, and is not loaded."""
+    from fastdpo.cpu import build
+
+    flags = build.compile_flags()
+    here = build._key(flags)
+    monkeypatch.setattr(build, "_cpu_features", lambda: "flags : avx2")
+    older = build._key(flags)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2-of-a-test")
+    assert len({here, older, build._key(build.compile_flags())}) == 3
 
 
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="this CPU has no AVX-512 to do without")

@@ -56,7 +56,7 @@ def library() -> Path:
     """Path of the built library; builds it if this machine has not yet.
 
     Raises:
-        BuildError: no C++ compiler, or the build failed.
+        BuildError: no C++ compiler, the build failed, or there is no place for it.
     """
     flags = compile_flags()
     key = _key(flags)
@@ -64,11 +64,17 @@ def library() -> Path:
     target = folder / "fastdpo_cpu.so"
     if not target.exists():
         compiler = find_compiler()
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix="building-") as temporary:
-            _build(Path(temporary), compiler, flags, cache_folder() / f"build-{key}.log")
-            folder.mkdir(exist_ok=True)
-            os.replace(Path(temporary) / target.name, target)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix="building-") as temporary:
+                _build(Path(temporary), compiler, flags, cache_folder() / f"build-{key}.log")
+                folder.mkdir(exist_ok=True)
+                os.replace(Path(temporary) / target.name, target)
+        except OSError as error:
+            raise BuildError(
+                f"the C++ library cannot be built in {folder.parent} ({error.strerror}): set FASTDPO_CACHE to a folder "
+                "that can be written"
+            ) from error
     return target
 
 
