@@ -1,4 +1,4 @@
-"""The grid of a study: one cell for each loss, parameterization, reference, beta and seed; which of them are one run."""
+"""The grid of a study: a cell for each loss, parameterization, reference, beta and seed; which of them are one run."""
 
 from __future__ import annotations
 

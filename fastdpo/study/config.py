@@ -8,26 +8,20 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any
 
 from ..cache.model import DTYPES
 from ..inputs import check_flag
 from ..losses.keywords import PARAMETERIZATIONS
 from ..losses.table import LOSSES, did_you_mean
 from ..options import check_number
+from .errors import StudyError
+from .mapping import build
 
 ROLES = ("start", "stronger", "weaker", "none", "other")
 START = "start"  # the policy before training, as a reference; always in the study's cache
 # TRL's trainer has no cpo, simpo, orpo and kto, and sft asks no reference anything
 LOSS_TYPES = tuple(name for name, row in LOSSES.items() if "parameterization" in row.uses and name != "kto")
-# What a study itself decides in every run
-OWN_TRAINING = ("beta", "loss_type", "loss_weights", "seed", "data_seed", "output_dir", "precompute_ref_log_probs")
-
-T = TypeVar("T")
-
-
-class StudyError(ValueError):
-    """A study that cannot be run as asked; the message names the setting, its value and what was expected."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +102,7 @@ class StudyConfig:
     dtype: str = "float32"  # of the policy's weights
     training: dict[str, Any] = field(default_factory=dict)  # keywords of trl.DPOConfig
     peft: dict[str, Any] | None = None  # keywords of peft.LoraConfig; None: all weights are trained
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     scorer: str | None = None  # "module:function", or a reward model: folder or hub id; None: reward accuracy
     quality: str | None = None  # what the scorer measures, in words
     higher_is_better: bool = True
@@ -122,9 +116,6 @@ class StudyConfig:
         if self.dtype not in DTYPES:
             raise StudyError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
         _check_grid(self)
-        for name in self.training:
-            if name in OWN_TRAINING:
-                raise StudyError(f"training.{name}: the study sets it in each run, expected it not to be given")
         for name in ("workers", "threads"):
             if getattr(self, name) != "auto":
                 _integer(name, getattr(self, name), 1, " or auto")
@@ -147,10 +138,11 @@ class StudyConfig:
             dataclasses.replace(one, model=changed(one.model), tokenizer=changed(one.tokenizer))
             for one in self.references
         )
-        scorer = self.scorer if self.scorer is None or ":" in self.scorer else change(self.scorer)
-        return dataclasses.replace(
-            self, policy=change(self.policy), data=data, references=references, scorer=scorer
-        )
+        scorer = self.scorer
+        if scorer is not None and (":" not in scorer or scorer.rpartition(":")[0].endswith(".py")):
+            file, colon, function = scorer.rpartition(":") if ":" in scorer else (scorer, "", "")
+            scorer = change(file) + colon + function
+        return dataclasses.replace(self, policy=change(self.policy), data=data, references=references, scorer=scorer)
 
 
 def read(path: Path) -> StudyConfig:
@@ -161,8 +153,14 @@ def read(path: Path) -> StudyConfig:
     """
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """YAML 1.2's numbers: PyYAML takes 1e-6 for text."""
+
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), "-+0123456789"
+    )
     try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+        given = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except OSError as error:
         raise StudyError(f"{path}: cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -186,7 +184,12 @@ def from_dict(given: Any) -> StudyConfig:
     """
     if isinstance(given, dict) and given.get("references") is not None:
         given = {**given, "references": _references(given["references"], given.get("policy"))}
-    return _build(StudyConfig, given, "")
+    return build(StudyConfig, given)
+
+
+def of_study(study: dict[str, Any]) -> StudyConfig:
+    """The settings in a study.json."""
+    return from_dict({one.name: study[one.name] for one in dataclasses.fields(StudyConfig)})
 
 
 def to_dict(config: StudyConfig) -> dict[str, Any]:
@@ -197,7 +200,10 @@ def to_dict(config: StudyConfig) -> dict[str, Any]:
 def _references(given: Any, policy: Any) -> list[Any]:
     """name -> model, null or a mapping; or what `to_dict` made of that. The policy is `policy`, or its own name."""
     if isinstance(given, dict):
-        items = [{"name": str(name), **(value if isinstance(value, dict) else {"model": value})} for name, value in given.items()]
+        items = [
+            {"name": str(name), **(value if isinstance(value, dict) else {"model": value})}
+            for name, value in given.items()
+        ]
     elif isinstance(given, (list, tuple)):
         items = [dict(one) if isinstance(one, dict) else one for one in given]
     else:
@@ -210,52 +216,6 @@ def _references(given: Any, policy: Any) -> list[Any]:
         if not one.get("role"):
             one["role"] = "none" if one.get("model") is None else START if one["model"] == policy else "other"
     return items
-
-
-def _build(kind: type[T], given: Any, where: str) -> T:
-    """A dataclass of a mapping, and so the dataclasses in it; raises StudyError with `where` before the name."""
-    if not isinstance(given, dict):
-        raise StudyError(f"{where or 'study'}: expected a mapping of settings, got {given!r}")
-    known = {one.name: one for one in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    dot = f"{where}." if where else ""
-    for name in given:
-        if name not in known:
-            raise StudyError(
-                f"{dot}{name}: unknown setting, expected some of {', '.join(known)}{did_you_mean(str(name), known)}"
-            )
-    for name, one in known.items():
-        if name not in given and one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING:
-            raise StudyError(f"{dot}{name}: not given")
-    hints = get_type_hints(kind)
-    values = {name: _value(hints[name], value, f"{dot}{name}") for name, value in given.items()}
-    try:
-        return kind(**values)
-    except StudyError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise StudyError(f"{dot}{error}") from None
-
-
-_ITEMS: dict[Any, type] = {tuple[float, ...]: float, tuple[str, ...]: str, tuple[int, ...]: int}
-
-
-def _value(hint: Any, value: Any, where: str) -> Any:
-    """A value as its field holds it: lists as tuples, mappings as dataclasses; the rest as it is, if the type is one."""
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, where)  # type: ignore[arg-type]
-    if hint == tuple[ReferencePolicy, ...]:
-        return tuple(_build(ReferencePolicy, one, f"{where}.{one.get('name')}") for one in value)
-    if hint in _ITEMS:
-        items = value if isinstance(value, (list, tuple)) else [value]
-        wanted = (int, float) if _ITEMS[hint] is float else _ITEMS[hint]
-        if not items or any(not isinstance(one, wanted) or isinstance(one, bool) for one in items):
-            raise StudyError(f"{where}: expected a list of {_ITEMS[hint].__name__}, got {value!r}")
-        return tuple(_ITEMS[hint](one) for one in items)
-    if isinstance(hint, type) and hint in (str, dict) or hint in (str | None, dict[str, Any], dict[str, Any] | None):
-        kind, optional = (str if hint in (str, str | None) else dict), hint in (str | None, dict[str, Any] | None)
-        if not isinstance(value, kind) and not (optional and value is None):
-            raise StudyError(f"{where}: expected {'text' if kind is str else 'a mapping'}, got {value!r}")
-    return value
 
 
 def _check_grid(config: StudyConfig) -> None:

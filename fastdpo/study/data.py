@@ -7,7 +7,8 @@ import json
 from typing import Any, NamedTuple
 
 from ..train_data import DataError, read_pairs
-from .config import Data, StudyError
+from .config import Data
+from .errors import StudyError
 
 
 class Pairs(NamedTuple):

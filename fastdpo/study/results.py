@@ -1,10 +1,10 @@
 """A study folder, read: which cells there are and what was measured of them.
 
-    DIR/study.json                 the settings, and what was measured before any training
-    DIR/cells/<id>.json            one finished cell
-    DIR/cells/<id>.tokens.npz      token logps of some held-out pairs (tokens.py), of cells that are a run of their own
-    DIR/cells/<id>.answers.jsonl   the sampled answers, likewise
-    DIR/results.json, results.csv  all cells together, without what differs from run to run
+DIR/study.json                 the settings, and what was measured before any training
+DIR/cells/<id>.json            one finished cell
+DIR/cells/<id>.tokens.npz      token logps of some held-out pairs (tokens.py), of cells that are a run of their own
+DIR/cells/<id>.answers.jsonl   the sampled answers, likewise
+DIR/results.json, results.csv  all cells together, without what differs from run to run
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 from ..cache import files
 from . import tokens
 from .cells import Cell, grid
-from .config import StudyError, opened
+from .config import opened
+from .errors import StudyError
 from .tokens import TokenRow
 
 
