@@ -14,7 +14,7 @@ setup(
     # would shadow the PyPI package of that name
     package_dir={"fastdpo": "fastdpo", "fastdpo.gpu": "kernels/gpu", "fastdpo.cpu": "kernels/cpu"},
     packages=[
-        *("fastdpo", "fastdpo.bench", "fastdpo.cache", "fastdpo.gpu", "fastdpo.cpu", "fastdpo.losses"),
+        *("fastdpo", "fastdpo.bench", "fastdpo.cache", "fastdpo.gpu", "fastdpo.cpu", "fastdpo.losses", "fastdpo.study"),
         *("fastdpo.integrations", "fastdpo.integrations.liger", "fastdpo.integrations.transformers"),
         "fastdpo.integrations.trl_packing",
     ],
@@ -22,7 +22,7 @@ setup(
     install_requires=["torch>=2.8", "ninja", "numpy"],
     extras_require={
         "triton": ["triton>=3.4"],
-        "trl": ["trl==1.16.0", "transformers", "matplotlib", "pyarrow>=16", "safetensors", "tqdm"],
+        "trl": ["trl==1.16.0", "transformers", "matplotlib", "pyarrow>=16", "pyyaml", "safetensors", "tqdm"],
     },
     entry_points={"console_scripts": ["fastdpo = fastdpo.cli:main"]},
 )

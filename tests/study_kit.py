@@ -82,7 +82,8 @@ def lab(world: Path, folder: Path, *references: str, **changes: Any) -> Lab:
 def study_process(config: Path, folder: Path) -> subprocess.Popen[bytes]:
     """`runner.run` of a YAML file, as `fastdpo study` starts it, in a process group of its own."""
     code = (
-        "import sys; from pathlib import Path; from fastdpo.study import runner; from fastdpo.study.config import read\n"
+        "import sys; from pathlib import Path\n"
+        "from fastdpo.study import runner; from fastdpo.study.config import read\n"
         "if __name__ == '__main__': print(runner.run(read(Path(sys.argv[1])), Path(sys.argv[2])))\n"
     )
     script = folder.parent / "run_study.py"

@@ -22,7 +22,7 @@ from . import runner
 from .errors import StudyError
 from .pool import Place, Pool
 
-SETTINGS = Settings(vocabulary=1024, hidden=128, layers=3, train_pairs=480, held_out_pairs=200)
+SETTINGS = Settings(vocabulary=256, hidden=96, layers=3, train_pairs=480, held_out_pairs=200)
 
 
 class Kind(NamedTuple):
@@ -34,10 +34,10 @@ class Kind(NamedTuple):
 
 
 MODELS = {
-    "start": Kind(250, demo_task.MIX),
-    "stronger": Kind(500, {"right": 0.6, "reversed": 0.2, "rambling": 0.2}),
-    "weaker": Kind(100, demo_task.MIX),
-    "other": Kind(250, demo_task.MIX, own_tokens=True),
+    "start": Kind(800, demo_task.MIX),
+    "stronger": Kind(800, {"right": 0.6, "reversed": 0.2, "rambling": 0.2}),
+    "weaker": Kind(250, demo_task.MIX),
+    "other": Kind(400, demo_task.MIX, own_tokens=True),
 }
 
 CONFIG = """\
