@@ -282,7 +282,8 @@ def caveats(study: Study) -> list[str]:
         ),
         "It is one policy, one set of pairs, one learning rate and one number of steps for every cell. Another "
         "learning rate can move the best β, and may suit one parameterization better than another.",
-        f"The quality is {config['quality']} and nothing else: what it does not measure, the answers do not show.",
+        f"The quality is {config['quality']} and nothing else: what it does not measure, the answers do not show."
+        + ("" if config.get("scorer") else _UNSCORED),
         "Reward accuracy and margin are of each run's own reward. They do not compare runs with different "
         "parameterizations, references or β; quality, KL to the start model and changes of log-probabilities do.",
         "KL is estimated from answers that the trained policy samples, and so knows only where that policy goes.",
@@ -298,6 +299,10 @@ def rule() -> str:
     )
 
 
+_UNSCORED = (
+    " No scorer was given, so it is the accuracy of each run's own reward on pairs: it can compare one β with another, "
+    "and says little about the answers that a policy gives."
+)
 _NOTHING = "There is nothing to compare with the paper."
 
 

@@ -44,13 +44,14 @@ def write(folder: Path) -> Path:
 def make(study: Study) -> list[Block]:
     """The report, block by block; draws its pictures into the study's folder."""
     losses = study.config["loss_types"]
-    blocks: list[Block] = [Heading(TITLE, 1), *_asked(study), *_state(study)]
+    blocks: list[Block] = [Heading(TITLE, 1), *asked(study), *_state(study)]
     for loss_type in losses:
         if len(losses) > 1:
             blocks.append(Heading(f"Loss: {loss_type}"))
         blocks += of_loss(study, loss_type)
     blocks += [Heading("What this does not show"), Bullets(answers.caveats(study))]
-    blocks += _cost(study)
+    cost = tables.cost(study)
+    blocks += [Heading("Cost"), *cost] if cost else []
     blocks.append(Fold("Every cell", [tables.every_cell(study)]))
     return blocks
 
@@ -83,10 +84,10 @@ def questions(study: Study, loss_type: str) -> list[Block]:
     return blocks
 
 
-def _asked(study: Study) -> list[Block]:
+def asked(study: Study) -> list[Block]:
     """What was asked, of what, where."""
     config = study.config
-    lost = "higher" if config["higher_is_better"] else "lower"
+    better = "higher" if config["higher_is_better"] else "lower"
     references = [
         f"{one['name']}: {'no reference' if one['model'] is None else one['model']}"
         + (f" ({wording.ROLES[one['role']]})" if one["role"] in wording.ROLES else "")
@@ -99,7 +100,7 @@ def _asked(study: Study) -> list[Block]:
         f"β: {wording.listed([f'{beta:g}' for beta in config['betas']])}",
         f"Loss: {wording.listed(config['loss_types'])}",
         f"Seeds: {wording.listed(config['seeds'])}",
-        f"Quality: {config['quality']} ({lost} is better)",
+        f"Quality: {config['quality']} ({better} is better)",
         *_mapping("Data", config.get("data")),
         *_mapping("Training", config.get("training")),
         *_mapping("Sampled answers", config.get("sampling")),
@@ -153,17 +154,3 @@ def _state(study: Study) -> list[Block]:
 
 def _runs(number: int) -> str:
     return f"{'is' if number == 1 else 'are'} {wording.count(number, 'run')}"
-
-
-def _cost(study: Study) -> list[Block]:
-    """What cost.json says, if `fastdpo study --cost` wrote one."""
-    found = results.read_json(study.folder / "cost.json")
-    if found is None:
-        return []
-    told = (
-        f"{wording.count(len(found['timed']), 'cell')} of the study were run again, each as a run of TRL's DPOTrainer "
-        "in a process of its own with the reference model in memory, and measured in the same way; their losses differ "
-        f"from the study's by {found['largest_difference_of_losses']:.0e} at most, relative. The sweep's time for TRL "
-        f"is reckoned from their mean."
-    )
-    return [Heading("Cost"), Paragraph(told), tables.cost(found)]

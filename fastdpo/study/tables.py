@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from . import wording
-from .blocks import Table
-from .results import Study
+from .blocks import Block, Paragraph, Table
+from .results import Study, read_json
 from .summary import NONE, Group, best, groups, of
 
 # Measure -> heading; docs/study.md says what each is
@@ -136,8 +135,11 @@ def every_cell(study: Study) -> Table:
     return Table(header, rows, "Every cell. results.csv holds all of its measures.", labels=2)
 
 
-def cost(found: dict[str, Any]) -> Table:
-    """cost.json: what runs cost here, and as runs of TRL alone."""
+def cost(study: Study) -> list[Block]:
+    """What cost.json says, if `fastdpo study --cost` wrote one: runs here, and as runs of TRL alone."""
+    found = read_json(study.folder / "cost.json")
+    if found is None:
+        return []
     parts = {
         "start-up, s": "startup_seconds",
         "reference's log-probabilities, s": "reference_seconds",
@@ -147,8 +149,14 @@ def cost(found: dict[str, Any]) -> Table:
         "the sweep, min": "sweep_minutes",
     }
     rows = [[name, f"{found['trl'][key]:.1f}", f"{found['study'][key]:.1f}"] for name, key in parts.items()]
+    told = (
+        f"{wording.count(len(found['timed']), 'cell')} of the study ran again, each as a run of TRL's DPOTrainer in a "
+        "process of its own with the reference model in memory, and was measured in the same way; the losses differ "
+        f"from the study's by {found['largest_difference_of_losses']:.0e} at most, relative. TRL's time for the sweep "
+        "is reckoned from their mean."
+    )
     caption = (
         f"Seconds of a worker per run, means; the sweep: {found['cells']} cells of the ratio on {found['workers']} "
         f"workers of {wording.count(found['threads'], 'thread')}. {found['machine']}."
     )
-    return Table(["", "TRL", "fastdpo study"], rows, caption)
+    return [Paragraph(told), Table(["", "TRL", "fastdpo study"], rows, caption)]
