@@ -6,6 +6,8 @@ import hashlib
 import html
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,7 +17,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("trl")
 from study_folder import NO_REFERENCE, START, STRONG, write_study
 
-from fastdpo.study import markdown, report, results
+from fastdpo.study import markdown, page, report, results
 from fastdpo.study.blocks import Bullets, Heading, Paragraph, Table
 
 EVIL = "<script>alert(1)</script>|**x**"
@@ -213,3 +215,24 @@ def test_markdown_shows_plain_text() -> None:
     assert shown.names().count("h2") == 1 and shown.names().count("td") == len(texts)
     for text in texts:
         assert "".join(shown.parts).count(" ".join(text.split())) == 5, text
+
+
+def test_a_browser_finds_nothing_to_refuse(folder: Path, tmp_path: Path) -> None:
+    """Headless Chromium: style and pictures are let in by the page's own policy, and text stays text."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("needs chromium (Debian: apt-get install chromium)")
+    evil = tmp_path / "evil.html"
+    evil.write_text(page.document(EVIL, [Heading(EVIL), Paragraph(EVIL + "<img src=x onerror=alert(1)>", lead=EVIL)]))
+    for path in (folder / "report.html", evil):
+        options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--dump-dom"]
+        done = subprocess.run(
+            [chromium, *options, "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}", path.as_uri()],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+        assert ":CONSOLE" not in done.stderr, done.stderr
+        assert {"script", "i"}.isdisjoint(Tags(done.stdout).names()) and "</html>" in done.stdout
+    assert "img" not in Tags(done.stdout).names()

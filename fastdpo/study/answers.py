@@ -243,8 +243,8 @@ def _of_its_own(reader: _Reader, name: str) -> list[str]:
         return []
     shown = [wording.number(value, reader.decimals) for value in (own, start)]
     told = f"By itself {name} reaches {shown[0]}, and the start model {shown[1]}"
-    better = own > start if reader.higher else own < start
-    if role in ("stronger", "weaker") and better != (role == "stronger"):
+    better = own - start if reader.higher else start - own
+    if (role == "stronger" and better <= 0) or (role == "weaker" and better >= 0):
         return [f"{told}: by this measure it is not {role}."]
     return [f"{told}."]
 
@@ -269,7 +269,6 @@ def caveats(study: Study) -> list[str]:
     """What the study does not show."""
     config = study.config
     seeds = len(config["seeds"])
-    points = len({(cell.parameterization, cell.reference, cell.beta) for cell in study.cells})
     return [
         "The best β is chosen on the same held-out prompts that its quality is given on. That makes the best of many "
         "look better than it is, and the more so the more β were tried.",
@@ -277,12 +276,12 @@ def caveats(study: Study) -> list[str]:
         + (
             " Nothing separates a difference from chance then; take several seeds before you conclude anything."
             if seeds == 1
-            else f" A standard error from so few is itself uncertain. The grid has {wording.count(points, 'point')}, "
-            f"and of tests at p < {LEVEL:g} one in {round(1 / LEVEL)} comes out by chance alone."
+            else f" A standard error from so few is itself uncertain. Of many tests at "
+            f"p < {LEVEL:g} one in {round(1 / LEVEL)} comes out by chance alone, and many are made here."
         ),
         "It is one policy, one set of pairs, one learning rate and one number of steps for every cell. Another "
         "learning rate can move the best β, and may suit one parameterization better than another.",
-        f"The quality is {config['quality']} and nothing else: what it does not measure, the answers do not show."
+        f"Quality stands for {config['quality']} and nothing else; what that does not measure, the answers do not show."
         + ("" if config.get("scorer") else _UNSCORED),
         "Reward accuracy and margin are of each run's own reward. They do not compare runs with different "
         "parameterizations, references or β; quality, KL to the start model and changes of log-probabilities do.",

@@ -19,7 +19,7 @@ ROLES = {
 def digits(values: Iterable[float | None]) -> int:
     """Decimals to show a column of numbers with."""
     most = max((abs(value) for value in values if value is not None), default=0.0)
-    return 1 if most >= 100 else 2 if most >= 10 else 3 if most >= 0.1 else 4
+    return 1 if most >= 100 else 2 if most >= 10 else 3 if most > 0.099 else 4
 
 
 def number(value: float | None, decimals: int) -> str:
