@@ -287,7 +287,7 @@ def _curves(found: Sequence[Group], key: str, title: str) -> _Drawn:
             panels[place].xaxis.get_major_locator().set_params(integer=True)
         if key == "rewards/margins":
             panels[0, 0].set_yscale("symlog", linthresh=0.1)
-            if min(min(values) for _, (_, values) in lines) >= 0:
+            if min(min(values) for _, (_, values) in lines) > -1e-3:  # but for rounding
                 panels[0, 0].set_ylim(bottom=0)
         for place in set(np.ndindex(rows, columns)) - set(places.values()):
             panels[place].axis("off")
