@@ -18,7 +18,11 @@ setup(
         *("fastdpo.integrations", "fastdpo.integrations.liger", "fastdpo.integrations.transformers"),
         "fastdpo.integrations.trl_packing",
     ],
-    package_data={"fastdpo": ["py.typed"], "fastdpo.cpu": ["*.cpp", "*.h"]},
+    package_data={
+        "fastdpo": ["py.typed"],
+        "fastdpo.cpu": ["*.cpp", "*.h"],
+        "fastdpo.study": ["token_page.*"],
+    },
     install_requires=["torch>=2.8", "ninja", "numpy"],
     extras_require={
         "triton": ["triton>=3.4"],
