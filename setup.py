@@ -14,15 +14,21 @@ setup(
     # would shadow the PyPI package of that name
     package_dir={"fastdpo": "fastdpo", "fastdpo.gpu": "kernels/gpu", "fastdpo.cpu": "kernels/cpu"},
     packages=[
-        *("fastdpo", "fastdpo.bench", "fastdpo.cache", "fastdpo.gpu", "fastdpo.cpu", "fastdpo.losses"),
+        *("fastdpo", "fastdpo.bench", "fastdpo.cache", "fastdpo.gpu", "fastdpo.cpu", "fastdpo.losses", "fastdpo.study"),
         *("fastdpo.integrations", "fastdpo.integrations.liger", "fastdpo.integrations.transformers"),
         "fastdpo.integrations.trl_packing",
     ],
-    package_data={"fastdpo": ["py.typed"], "fastdpo.cpu": ["*.cpp", "*.h"]},
+    package_data={
+        "fastdpo": ["py.typed"],
+        "fastdpo.cpu": ["*.cpp", "*.h"],
+        "fastdpo.study": ["token_page.*"],
+    },
     install_requires=["torch>=2.8", "ninja", "numpy"],
     extras_require={
         "triton": ["triton>=3.4"],
-        "trl": ["trl==1.16.0", "transformers", "peft", "matplotlib", "pyarrow>=16", "safetensors", "tqdm"],
+        "trl": [
+            *("trl==1.16.0", "transformers", "peft", "matplotlib", "pyarrow>=16", "pyyaml", "safetensors", "tqdm"),
+        ],
     },
     entry_points={"console_scripts": ["fastdpo = fastdpo.cli:main"]},
 )

@@ -27,6 +27,11 @@ COMMANDS = {
         "reference logps, computed once: build, attach, verify",
         ("trl", "transformers", "pyarrow"),
     ),
+    "study": Command(
+        "fastdpo.study.command",
+        "how much reference policies matter: a grid of runs and its report",
+        ("trl", "transformers", "matplotlib", "pyarrow", "yaml"),
+    ),
     "doctor": Command("fastdpo.doctor", "which backends work on this machine, and why the others do not", ()),
 }
 

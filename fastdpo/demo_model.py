@@ -63,14 +63,20 @@ def build(settings: Settings, tokenizer: Any) -> PreTrainedModel:
     )
 
 
-def pretrain(model: PreTrainedModel, tokenizer: Any, prompts: list[str], settings: Settings) -> None:
-    """Next-token training on the answers of demo_task.MIX, in place; the head is fastdpo's."""
+def pretrain(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    prompts: list[str],
+    settings: Settings,
+    mix: dict[str, float] = demo_task.MIX,
+) -> None:
+    """Next-token training on the answers of a mix of kinds, in place; the head is fastdpo's."""
     from tqdm import tqdm
 
     steps, rate = settings.pretrain_steps, 3e-3
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
-    stream = demo_task.examples(prompts, settings.seed)
+    stream = demo_task.examples(prompts, settings.seed, mix)
     prompt_length = len(tokenizer(prompts[0])["input_ids"])  # the same for all: one token a word
     model.train()
     for _ in tqdm(range(steps), desc="pretraining", ncols=80):

@@ -82,20 +82,22 @@ def pairs(prompt_list: list[str], seed: int) -> list[Pair]:
     return result
 
 
-def examples(prompt_list: list[str], seed: int) -> Iterator[tuple[str, str]]:
-    """Endless (prompt, answer) of the mix, to pretrain on."""
+def examples(prompt_list: list[str], seed: int, mix: dict[str, float] = MIX) -> Iterator[tuple[str, str]]:
+    """Endless (prompt, answer) of a mix, kind -> share, to pretrain on."""
     rng = random.Random(seed)
     while True:
         prompt = rng.choice(prompt_list)
-        yield prompt, answer(prompt, rng.choices(list(MIX), weights=list(MIX.values()))[0], rng)
+        yield prompt, answer(prompt, rng.choices(list(mix), weights=list(mix.values()))[0], rng)
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word."""
+def tokenizer(backwards: bool = False) -> PreTrainedTokenizerFast:
+    """One token a word; backwards: another tokenizer, in which the same words have other ids."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     words = ["<pad>", END, "<unknown>", *NUMBERS, *(w for w in _WORDS if w not in NUMBERS)]
+    if backwards:
+        words[3:] = words[:2:-1]
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unknown>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token=END, unk_token="<unknown>")

@@ -1,0 +1,270 @@
+"""A whole study: references, then cells, over worker processes; what is finished is kept, and a restart goes on.
+
+Everything that is kept is a file that is written whole: DIR/references/<name>.json, DIR/cells/<id>.json. What is not
+there is run again from its settings and seed, to the same bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import signal
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..cache.claims import Claims
+from . import data, results
+from .cells import Cell, runs
+from .config import START, StudyConfig, local, of_study, to_dict
+from .errors import StudyError
+from .pool import Outcome, Place, Pool
+from .results import cell_path, read_json, write_json
+from .training import arguments
+
+# Lists that may grow or shrink between two runs on one folder; all else that is given must stay as it was
+_GRID = ("betas", "parameterizations", "loss_types", "seeds", "references")
+_FREE = (*_GRID, "workers", "token_rows", "save_models")
+_VERSIONS = ("torch", "transformers", "trl", "peft", "numpy")
+
+
+def run(config: StudyConfig, folder: Path) -> list[str]:
+    """Run what is missing of a study; returns the ids of the cells that failed.
+
+    Args:
+        config: with paths as they are to be opened.
+
+    Raises:
+        StudyError: settings that TRL refuses; a folder of a study with other settings, or that another process is at;
+            a reference that cannot be scored.
+    """
+    with alone(folder), _terminated_as_interrupted():
+        study = settle(config, folder)
+        with Pool("fastdpo.study.runner:worker", folder, places(study), folder / "work" / "logs") as pool:
+            _references(study, folder, pool)
+            _cells(study, folder, pool)
+        share(folder)
+        done = results.write(folder)
+        return [cell.id for cell in done.cells if cell.status == "failed"]
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Nobody else runs a study in this folder meanwhile. A run that was killed holds nothing."""
+    with Claims(folder / "work" / "claims") as claims:
+        if not claims.take("study"):
+            raise StudyError(f"{folder}: another `fastdpo study` is at work there; wait for it, or stop it")
+        yield
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM unwinds as ctrl-C does, so that the workers are ended."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread: its signals are the caller's
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# --- study.json ------------------------------------------------------------------------------------------------------
+
+
+def settle(config: StudyConfig, folder: Path) -> dict[str, Any]:
+    """Write study.json, or check it against the one that there is; returns it."""
+    arguments(config, folder / "work")  # what TRL would refuse is refused now
+    found = data.fingerprint(data.read(config.data))
+    config = config.with_paths(lambda path: local(path, folder))
+    quality = config.quality or ("score" if config.scorer else "reward accuracy on held-out pairs")
+    config = dataclasses.replace(config, quality=quality)
+    before = read_json(folder / "study.json")
+    workers, threads = _sizes(config)
+    if before is not None and config.threads == "auto":
+        threads = before["threads"]  # which sums are made in which order depends on it
+    study = {
+        **to_dict(dataclasses.replace(config, workers=workers, threads=threads)),
+        "data_fingerprint": found,
+        "start": (before or {}).get("start"),
+        "reference_measures": (before or {}).get("reference_measures", {}),
+        "machine": (before or {}).get("machine") or machine(),
+        "versions": (before or {}).get("versions") or versions(),
+        "version": (before or {}).get("version") or __version__,
+    }
+    study = json.loads(json.dumps(study))  # tuples as lists, as they are read back
+    if before is not None:
+        _check_same(before, study, folder)
+        if before["versions"] != versions():
+            print(f"fastdpo study: the cells so far were made with {before['versions']}, those now with {versions()}")
+    write_json(folder / "study.json", study)
+    return study
+
+
+def _check_same(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    """Raise StudyError where finished cells of the folder would not be what the settings say."""
+    fields = [one.name for one in dataclasses.fields(StudyConfig)]
+    changed = [name for name in (*fields, "data_fingerprint") if name not in _FREE and before[name] != now[name]]
+    old = {one["name"]: one for one in before["references"]}
+    changed += [f"references.{one['name']}" for one in now["references"] if old.get(one["name"], one) != one]
+    if changed:
+        first = changed[0]
+        values = f" ({before[first]!r} there, {now[first]!r} now)" if first in before else ""
+        raise StudyError(
+            f"{folder}: its cells were run with another {', '.join(changed)}{values}; expected the same, or another "
+            "--output. Lists of the grid may change"
+        )
+
+
+def _sizes(config: StudyConfig) -> tuple[int, int]:
+    """(workers, threads of each)"""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = config.workers if isinstance(config.workers, int) else len(_devices()) or cores
+    threads = config.threads if isinstance(config.threads, int) else max(1, cores // workers)
+    return workers, threads
+
+
+def _devices() -> list[str]:
+    """GPUs, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    return given.split(",")[:count] if given else [str(i) for i in range(count)]
+
+
+def places(study: dict[str, Any]) -> list[Place]:
+    """One a worker: GPUs in turn, or none."""
+    devices: list[Any] = list(_devices()) or [None]
+    return [Place(devices[i % len(devices)], study["threads"]) for i in range(study["workers"])]
+
+
+def machine() -> str:
+    """Processor and number of cores."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line for line in lines if line.startswith("model name")).partition(": ")[2]
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that the numbers depend on."""
+    found = {}
+    for name in _VERSIONS:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+# --- jobs ------------------------------------------------------------------------------------------------------------
+
+
+def worker(folder: Path) -> Callable[[tuple[str, Any]], None]:
+    """What a worker process does with a job: ("reference", its name) or ("cell", a Cell)."""
+    import datasets
+    from transformers.utils import logging
+
+    from .cell_run import Lab
+    from .cost import process_seconds
+
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+    lab = Lab(folder)
+
+    write_json(folder / "work" / "startup.json", {"seconds": process_seconds()})
+
+    def do(job: tuple[str, Any]) -> None:
+        kind, what = job
+        if kind == "reference":
+            prior = "likelihood" in lab.config.parameterizations
+            write_json(_reference_path(folder, what), {**lab.reference(lab.policy(what)), "prior": prior})
+        else:
+            cell = Cell(*what)
+            write_json(cell_path(folder, cell.id), _record(cell, **lab.cell(cell)))
+
+    return do
+
+
+def _reference_path(folder: Path, name: str) -> Path:
+    return folder / "references" / f"{name}.json"
+
+
+def _record(cell: Cell, **found: Any) -> dict[str, Any]:
+    """A cell's JSON."""
+    fixed = {"same_run_as": None, "status": "done", "error": None, "seconds": 0.0, "curves": [], "measures": {}}
+    return {"id": cell.id, "cell": cell._asdict(), **fixed, "degenerate": [], **found}
+
+
+def _references(study: dict[str, Any], folder: Path, pool: Pool) -> None:
+    """Score and measure each reference, once; then study.json says what was measured."""
+    config = of_study(study)
+    asked = [one.name for one in config.references if one.model is not None]
+    asked = [START, *(name for name in asked if name != START)]
+    prior = "likelihood" in config.parameterizations
+    there = {name: read_json(_reference_path(folder, name)) for name in asked}
+    missing = [("reference", name) for name, one in there.items() if one is None or (prior and not one["prior"])]
+    for outcome in bar(pool.run(missing), len(missing), "references"):
+        if outcome.error is not None:
+            raise StudyError(f"references.{outcome.job[1]}: {outcome.error}")
+    measured = {name: read_json(_reference_path(folder, name))["measures"] for name in asked}
+    study["start"], study["reference_measures"] = measured[START], measured
+    write_json(folder / "study.json", study)
+
+
+def _cells(study: dict[str, Any], folder: Path, pool: Pool) -> None:
+    """Run the cells that there are not yet, and those that failed."""
+    every = runs(study)
+    own = [cell for cell, run in every.items() if cell is run]
+    missing = [cell for cell in own if not _is_done(cell, folder)]
+    shared = len(every) - len(own)
+    print(
+        f"{len(every)} cells"
+        + (f", of which {shared} are the same training as another by construction" if shared else "")
+        + f": {len(own)} runs, {len(own) - len(missing)} of them done; {study['workers']} workers"
+    )
+    jobs = [("cell", tuple(cell)) for cell in missing]
+    for outcome in bar(pool.run(jobs), len(jobs), "cells"):
+        if outcome.error is not None:
+            cell = Cell(*outcome.job[1])
+            write_json(cell_path(folder, cell.id), _record(cell, status="failed", error=outcome.error))
+
+
+def _is_done(cell: Cell, folder: Path) -> bool:
+    record = read_json(cell_path(folder, cell.id))
+    return record is not None and record["status"] == "done" and record["same_run_as"] is None
+
+
+def bar(outcomes: Iterator[Outcome], total: int, what: str) -> Iterator[Outcome]:
+    """The outcomes, with a progress bar over them."""
+    from tqdm import tqdm
+
+    failed = 0
+    with tqdm(total=total, desc=what, unit="run", ncols=80, disable=not total, smoothing=0.1) as shown:
+        for outcome in outcomes:
+            failed += outcome.error is not None
+            shown.set_postfix({"failed": failed} if failed else {})
+            shown.update()
+            yield outcome
+
+
+def share(folder: Path) -> None:
+    """Write the cells that are another's run by construction."""
+    for cell, own in runs(read_json(folder / "study.json")).items():
+        if cell is not own:
+            record = read_json(cell_path(folder, own.id))
+            if record is not None:
+                shared = {**record, "id": cell.id, "cell": cell._asdict(), "same_run_as": own.id, "seconds": 0.0}
+                if read_json(cell_path(folder, cell.id)) != shared:
+                    write_json(cell_path(folder, cell.id), shared)

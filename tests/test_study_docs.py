@@ -1,0 +1,105 @@
+"""docs/study.md: its configs and commands are read by what they are for; its section is written from a study."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+pytest.importorskip("trl")
+pytest.importorskip("yaml")
+from study_folder import START, STRONG, write_study
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
+CONFIGS = re.findall(r"<!-- config: parsed by the tests -->\n```yaml\n(.*?)```", PAGE, flags=re.DOTALL)
+
+
+def commands(name: str) -> list[list[str]]:
+    """The words of each command of the page that begins with `name` or holds it, after it."""
+    code = "".join(line[4:] for line in PAGE.splitlines(keepends=True) if line.startswith("    "))
+    lines = code.replace("\\\n", " ").splitlines()
+    found = [shlex.split(line, comments=True) for line in lines if name in line]
+    return [words[words.index(name.split()[-1]) + 1 :] for words in found]
+
+
+def make_study() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_study", ROOT / "docs" / "make_study.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("text", CONFIGS, ids=["own", "paper"])
+def test_configs(tmp_path: Path, text: str) -> None:
+    from trl import DPOConfig
+
+    from fastdpo.study import config
+
+    path = tmp_path / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    study = config.read(path)
+    known = {one.name for one in dataclasses.fields(DPOConfig)}
+    assert len(CONFIGS) == 2 and study.training and set(study.training) <= known
+    assert study.references[0].role == "start" and len(study.seeds) == 3
+    assert study.training["learning_rate"] < 1e-4  # a number, not text
+
+
+def test_commands() -> None:
+    from trl import DPOConfig, ModelConfig
+
+    from fastdpo.cache import command as cache
+    from fastdpo.study import command as study
+    from fastdpo.train import FastDPOArguments
+
+    assert len(commands("fastdpo cache build")) == 1 and len(commands("fastdpo study")) == 5
+    for words in commands("fastdpo cache build"):
+        assert cache._parser().parse_args(["build", *words]).cache == "refs"
+    (train,) = commands("-m fastdpo.train")
+    kinds = (FastDPOArguments, DPOConfig, ModelConfig)
+    known = {f"--{one.name}" for kind in kinds for one in dataclasses.fields(kind)} | {"--test_split_size"}
+    assert {word for word in train if word.startswith("--")} <= known
+    for words in commands("fastdpo study"):
+        if "--probe" not in words and ">" not in words:
+            assert study._parser().parse_args(words).output
+
+
+def test_the_scorer_of_the_page() -> None:
+    (code,) = re.findall(r"```python\n(# scoring.py\n.*?)```", PAGE, flags=re.DOTALL)
+    names: dict[str, object] = {}
+    exec(code, names)
+    assert names["score"](["p", "p"], ["it is 4", "5"], [{"expected": "4"}] * 2) == [1.0, 0.0]
+
+
+def test_the_section_of_a_study(tmp_path: Path) -> None:
+    """Between the marks, from the folder's numbers; what is around stays, and twice is as once."""
+    page = tmp_path / "docs" / "study.md"
+    page.parent.mkdir()
+    page.write_text(PAGE, encoding="utf-8")
+    folder = write_study(tmp_path / "study", betas=[0.01, 0.1, 1.0], references=[START, STRONG])
+    script = make_study()
+    script.write(folder, page)
+    once = page.read_text(encoding="utf-8")
+    before, after = (PAGE.split(mark)[i] for mark, i in ((script.BEGIN, 0), (script.END, 1)))
+    assert once.startswith(before) and once.endswith(after)
+    section = once[len(before) :]
+    assert "| β | start (the start model) | strong (a stronger model) |" in section and "### 3. Does a" in section
+    assert "0.1 is best (right answers: 0.7" in section and "What this does not show" in section
+    assert "](study_quality.png)" in section and (page.parent / "study_frontier.png").is_file()
+    script.write(folder, page)
+    assert page.read_text(encoding="utf-8") == once
+    page.write_text("no marks", encoding="utf-8")
+    with pytest.raises(ValueError, match="expected one <!-- demo study -->"):
+        script.write(folder, page)
+
+
+def test_links_of_the_page() -> None:
+    for target in re.findall(r"\]\(([\w./]+)\)", PAGE):
+        assert (ROOT / "docs" / target).exists(), target
+    for path in re.findall(r"`((?:fastdpo|docs)/[\w./]+)`", PAGE):
+        assert (ROOT / path).exists(), path

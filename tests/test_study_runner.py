@@ -1,0 +1,193 @@
+"""A whole study: finished cells are kept, killed ones end the same, failed ones are named and tried again."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import study_kit
+import yaml
+
+from fastdpo import cli
+from fastdpo.study import command, results, runner
+from fastdpo.study.errors import StudyError
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.skipif(sys.platform == "win32", reason="signals"),
+]
+KILLS = 3
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return study_kit.world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def grid(world: Path) -> dict[str, Any]:
+    """Two betas, two references and the posterior: 6 runs for 8 cells."""
+    references = {"start": "policy", "better": {"model": str(world / "better"), "role": "stronger"}}
+    return study_kit.settings(world, references=references, parameterizations=["ratio", "posterior"])
+
+
+@pytest.fixture(scope="module")
+def unbroken(grid: dict[str, Any], world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("unbroken") / "DIR"
+    (world / "grid.yaml").write_text(yaml.safe_dump(grid))
+    process = study_kit.study_process(world / "grid.yaml", folder)
+    out, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error.decode()
+    assert b"8 cells, of which 2 are the same training as another by construction: 6 runs, 0 of them done" in out
+    return folder
+
+
+def kept(folder: Path) -> dict[str, bytes]:
+    """What must not depend on how a study came to its end."""
+    return {name: (folder / name).read_bytes() for name in ("results.json", "results.csv", "study.json")}
+
+
+def test_what_a_study_leaves(unbroken):
+    study = results.load(unbroken)
+    assert [cell.status for cell in study.cells] == ["done"] * 8
+    shared = [cell for cell in study.cells if cell.same_run_as]
+    assert [(cell.id, cell.same_run_as) for cell in shared] == [
+        (f"sigmoid-posterior-better-beta{beta}-seed0", f"sigmoid-posterior-start-beta{beta}-seed0")
+        for beta in ("0.1", "1")
+    ]
+    by_id = {cell.id: cell for cell in study.cells}
+    for cell in shared:
+        own = by_id[cell.same_run_as]
+        assert (cell.measures, cell.curves) == (own.measures, own.curves) and cell.seconds == 0 < own.seconds
+        assert results.load_tokens(unbroken, cell.id) == results.load_tokens(unbroken, own.id)
+    assert study.config["quality"] == "score" and study.config["start"]["quality"] is not None
+    assert set(study.config["reference_measures"]) == {"start", "better"}
+    whole = json.loads((unbroken / "results.json").read_text())
+    assert len(whole["cells"]) == 8 and "seconds" not in whole["cells"][0]
+    header, *lines = (unbroken / "results.csv").read_text().splitlines()
+    assert len(lines) == 8 and header.startswith("id,loss_type,parameterization,reference,beta,seed,same_run_as")
+    best = results.best(study)
+    assert best.measures["quality"] == max(cell.measures["quality"] for cell in study.cells)
+    lowest = results.best(study._replace(config={**study.config, "higher_is_better": False}))
+    assert lowest.measures["quality"] == min(cell.measures["quality"] for cell in study.cells)
+    with pytest.raises(StudyError, match="no token logps"):
+        results.load_tokens(unbroken, "other")
+    with pytest.raises(StudyError, match="expected a folder of `fastdpo study`"):
+        results.load(unbroken / "refs")
+
+
+def test_killed_at_random_it_ends_the_same(unbroken, world, tmp_path):
+    folder = tmp_path / "DIR"
+    rng, seen = random.Random(), []
+    for _ in range(KILLS):
+        process = study_kit.study_process(world / "grid.yaml", folder)
+        before, deadline = done(folder), time.monotonic() + 200
+        # Some time after it has written something more: at work on the next
+        while done(folder) == before and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(rng.random())
+        workers = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        study_kit.kill_group(process)
+        psutil.wait_procs(workers, timeout=30)
+        assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
+        seen.append(done(folder))
+    process = study_kit.study_process(world / "grid.yaml", folder)
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error.decode()
+    assert seen == sorted(seen) and 0 < seen[0] < 8
+    assert kept(folder) == kept(unbroken)
+    assert not list((folder / "cells").glob(".*")) or done(folder) == 8
+
+
+def done(folder: Path) -> int:
+    return len([*folder.glob("references/*.json"), *folder.glob("cells/*.json")])
+
+
+def test_a_finished_study_is_left_as_it_is(unbroken, world, monkeypatch):
+    monkeypatch.setattr("fastdpo.study.pool.Worker.__init__", lambda *_: pytest.fail("started a worker"))
+    before = kept(unbroken)
+    assert runner.run(study_kit.from_dict(yaml.safe_load((world / "grid.yaml").read_text())), unbroken) == []
+    assert kept(unbroken) == before
+
+
+def test_settings_that_cells_depend_on_may_not_change(unbroken, grid, world):
+    before = kept(unbroken)
+    for changes, message in (
+        ({"training": {**grid["training"], "learning_rate": 2e-3}}, "with another training .*0.001.*0.002"),
+        ({"threads": 2}, r"with another threads \(1 there, 2 now\)"),
+        ({"references": {**grid["references"], "better": str(world / "foreign")}}, "with another references.better"),
+        ({"data": {**grid["data"], "train_rows": 4}}, "with another data, data_fingerprint"),
+    ):
+        with pytest.raises(StudyError, match=message):
+            runner.run(study_kit.from_dict({**grid, **changes}), unbroken)
+    assert kept(unbroken) == before
+    # A smaller grid is part of what there is
+    smaller = {**grid, "betas": [1], "references": {"better": grid["references"]["better"]}}
+    with runner.alone(unbroken):
+        study = runner.settle(study_kit.from_dict(smaller), unbroken)
+        assert len(results.load(unbroken).cells) == 2 and study["start"] is not None
+        runner.settle(study_kit.from_dict(grid), unbroken)
+
+
+def test_two_at_once_are_refused(unbroken, grid):
+    with runner.alone(unbroken), pytest.raises(StudyError, match="another `fastdpo study` is at work there"):
+        runner.run(study_kit.from_dict(grid), unbroken)
+
+
+def test_failed_cells_are_named_and_tried_again(world, tmp_path, capsys, monkeypatch):
+    """Here a scorer fails for the posterior; the others go on, and the exit code says so."""
+    flag = tmp_path / "broken"
+    (tmp_path / "scoring.py").write_text(
+        "from pathlib import Path\nimport inspect\n"
+        "def score(prompts, answers, rows):\n"
+        "    frames = [f.frame.f_locals.get('cell') for f in inspect.stack()]\n"
+        f"    if Path({str(flag)!r}).exists() and any(getattr(c, 'beta', 0) == 1 for c in frames):\n"
+        "        raise RuntimeError('the scorer is broken')\n"
+        "    return [len(a.split()) for a in answers]\n"
+    )
+    flag.touch()
+    settings = study_kit.settings(world, scorer=f"{tmp_path / 'scoring.py'}:score")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    monkeypatch.setattr(command, "write_pages", lambda folder: folder / "report.html")
+    arguments = ["study", str(tmp_path / "config.yaml"), "--output", str(tmp_path / "DIR")]
+    assert cli.main(arguments) == 1
+    error = capsys.readouterr().err
+    assert "FAILED: 1 cells: sigmoid-ratio-start-beta1-seed0" in error and "the scorer is broken" in error
+    study = results.load(tmp_path / "DIR")
+    assert [cell.status for cell in study.cells] == ["done", "failed"]
+    assert study.cells[1].error == "RuntimeError: the scorer is broken" and study.cells[1].measures == {}
+    flag.unlink()
+    assert cli.main(arguments) == 0
+    assert "2 runs, 1 of them done" in capsys.readouterr().out
+    assert [cell.status for cell in results.load(tmp_path / "DIR").cells] == ["done", "done"]
+
+
+def test_pages_are_of_the_best_cell(unbroken, monkeypatch):
+    written: dict[str, Any] = {}
+    report = SimpleNamespace(write=lambda folder: folder / "report.html")
+    view = SimpleNamespace(write=lambda path, rows, title: written.update(path=path, rows=rows, title=title))
+    for name, module in (("report", report), ("token_view", view)):
+        monkeypatch.setitem(sys.modules, f"fastdpo.study.{name}", module)
+        monkeypatch.setattr(f"fastdpo.study.{name}", module, raising=False)
+    assert command.write_pages(unbroken) == unbroken / "report.html"
+    assert written["path"] == unbroken / "tokens.html" and len(written["rows"]) == 2
+    assert written["title"] == results.best(results.load(unbroken)).id
+
+
+def test_errors_are_one_line(tmp_path, capsys):
+    assert cli.main(["study", str(tmp_path / "none.yaml"), "--output", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.startswith(f"fastdpo study: {tmp_path / 'none.yaml'}: cannot be read")
+    with pytest.raises(SystemExit):
+        cli.main(["study"])
+    assert "expected CONFIG --output DIR, or --demo --output DIR" in capsys.readouterr().err
+    assert cli.main(["study", "--cost", str(tmp_path)]) == 1
+    assert "no study.json" in capsys.readouterr().err
