@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..cache import files
 from . import answers, figures, markdown, page, results, tables, wording
 from .blocks import Block, Bullets, Fold, Heading, Paragraph
 from .results import Study
@@ -36,8 +37,8 @@ def write(folder: Path) -> Path:
         old.unlink()
     blocks = make(study)
     html = folder / "report.html"
-    html.write_text(page.document(TITLE, blocks), encoding="utf-8")
-    (folder / "report.md").write_text(markdown.render(blocks, folder), encoding="utf-8")
+    files.write(html, page.document(TITLE, blocks).encode())
+    files.write(folder / "report.md", markdown.render(blocks, folder).encode())
     return html
 
 
