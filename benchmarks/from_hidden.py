@@ -18,14 +18,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastdpo.bench.gate import Gate
 from fastdpo.bench.isolated import run_alone
 from fastdpo.bench.measure import alternate, machine
-from fastdpo.bench.providers import NEEDS, PROVIDERS, Batch, dpo_truth, first_tokens, run
+from fastdpo.bench.providers import NEEDS, PROVIDERS, Batch, run
 
-CHECKED_TOKENS = 256
-# Relative error of a gradient; eager bf16 is at 1.5e-2, Liger, which rounds the logps of whole sequences, at 6e-2
-WRONG = 0.1
-
+from .inputs import dense_batch
 
 def real_batch(model_name: str, data: Path, pairs: int, max_length: int, tokens: int | None = None) -> Batch:
     """The completions of the first pairs in bf16, chosen first; of `tokens` tokens, as one pair, if that is given."""
@@ -66,31 +64,8 @@ def real_batch(model_name: str, data: Path, pairs: int, max_length: int, tokens:
     return _batch(hidden, model.lm_head.weight.detach().clone(), labels, lengths)
 
 
-def dense_batch(like: Batch) -> Batch:
-    """Random hidden and weight, whose softmax is not sparse; its shapes, labels and lengths."""
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(like.hidden.shape, generator=generator)
-    weight = torch.randn(like.weight.shape, generator=generator) / like.weight.shape[1] ** 0.5
-    return _batch(hidden.bfloat16(), weight.bfloat16(), like.labels, like.lengths)
-
-
 def _batch(hidden: Tensor, weight: Tensor, labels: Tensor, lengths: tuple[int, ...]) -> Batch:
     return Batch(hidden, weight, labels, lengths, torch.randn(len(labels), generator=torch.Generator().manual_seed(0)))
-
-
-def errors(name: str, batch: Batch, needs: str) -> list[float]:
-    """Mean absolute error of a logp (Liger: of the loss); relative errors of dX and dW; against float32."""
-    few = first_tokens(batch, max(1, CHECKED_TOKENS // len(batch.lengths)))
-    truth = (
-        dpo_truth(few)
-        if name == "Liger"
-        else run("eager", few._replace(hidden=few.hidden.float(), weight=few.weight.float()), needs)
-    )
-    result = run(name, few, needs)
-    relative = [((r.float() - t).norm() / t.norm()).item() for r, t in zip(result[1:], truth[1:], strict=False)]
-    if not all(error < WRONG for error in relative):
-        raise AssertionError(f"{name}: relative errors {relative} of the gradients; its time is not reported")
-    return [(result[0] - truth[0]).abs().mean().item(), *relative]
 
 
 def main() -> None:
@@ -117,10 +92,10 @@ def main() -> None:
     print(
         f"{machine()}; {kind}, N={count}, V={vocab}, H={width}, bf16, {needs}, medians of {options.rounds}", flush=True
     )
-    checked = {}
+    gate, checked = Gate(batch, needs), {}
     for name in options.contenders:
         try:
-            checked[name] = errors(name, batch, needs)
+            checked[name] = gate.errors(name)
         except ImportError as error:
             print(f"{name}: left out ({error})")
 

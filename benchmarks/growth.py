@@ -25,7 +25,8 @@ from fastdpo.bench.measure import machine
 from fastdpo.bench.providers import PROVIDERS, Batch
 from fastdpo.plots import STYLE
 
-from .from_hidden import dense_batch, real_batch
+from .from_hidden import real_batch
+from .inputs import dense_batch
 
 TOKENS = (512, 2048, 8192, 32768)
 VOCABULARIES = (32768, 65536, 131072, 262144)

@@ -16,7 +16,8 @@ from typing import NamedTuple
 import torch
 
 from .measure import peak_mib
-from .providers import NEEDS, PROVIDERS, Batch, first_tokens, run
+from .from_logits import LogitsBatch
+from .providers import NEEDS, Batch, first_tokens, run
 
 LOADING = 60  # seconds, for imports, inputs and compilation, on top of the limit of a run
 SHORT = 5  # seconds; a shorter run is repeated, and the better time taken
@@ -41,8 +42,8 @@ def run_alone(
     """Run a contender once or twice in a new process.
 
     Args:
-        name: of PROVIDERS.
-        inputs: file that holds the fields of a Batch, by torch.save.
+        name: of PROVIDERS, or of FROM_LOGITS for a LogitsBatch.
+        inputs: file that holds the fields of a Batch or LogitsBatch, by torch.save.
         needs: "both" gradients, "frozen" (of hidden alone), "forward" (none).
         tokens: the first so many, spread over the sequences; None: all.
         limit: seconds that a run may take.
@@ -65,11 +66,13 @@ def run_alone(
     return late if limit is not None and found.seconds is not None and found.seconds > limit else found
 
 
-def run_here(name: str, batch: Batch, needs: str) -> Outcome:
+def run_here(name: str, batch: Batch | LogitsBatch, needs: str) -> Outcome:
     """For a process of its own: what `run_alone` returns."""
     for few in (8, 12):  # libraries loaded; torch.compile has seen that N varies
         run(name, first_tokens(batch, few), needs)
-    peak, seconds = peak_mib(lambda: run(name, batch, needs)[1:])
+    inputs = {field.data_ptr() for field in batch if isinstance(field, torch.Tensor)}
+    # A gradient written over an input is no memory of its own
+    peak, seconds = peak_mib(lambda: [x for x in run(name, batch, needs)[1:] if x.data_ptr() not in inputs])
     if seconds < SHORT:
         start = time.perf_counter()
         run(name, batch, needs)
@@ -89,14 +92,15 @@ def limit_memory(mib: int | None) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", choices=PROVIDERS)
+    parser.add_argument("name")
     parser.add_argument("inputs", type=Path)
     parser.add_argument("--needs", default="both", choices=NEEDS)
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--memory-mib", type=int)
     options = parser.parse_args()
     limit_memory(options.memory_mib)
-    batch = Batch(*torch.load(options.inputs, weights_only=True))
+    fields = torch.load(options.inputs, weights_only=True)
+    batch = (Batch if len(fields) == len(Batch._fields) else LogitsBatch)(*fields)
     if options.tokens is not None:
         batch = first_tokens(batch, -(-options.tokens // len(batch.lengths)))
     print(json.dumps(run_here(options.name, batch, options.needs)._asdict()))

@@ -1,4 +1,4 @@
-"""Alternating timings of several contenders: both sides in one run, medians; a wrong result is never timed."""
+"""Alternating timings of several contenders: both sides in one run, medians. What may be timed at all: gate.py."""
 
 from __future__ import annotations
 
@@ -14,13 +14,6 @@ from torch import Tensor
 from ..recorder import peak_memory_mib, resident_memory_mib
 
 
-def check(name: str, result: Tensor, truth: Tensor, tolerance: float) -> None:
-    """Raise AssertionError for a result off by more than `tolerance` (relative Frobenius norm)."""
-    error = ((result.double() - truth.double()).norm() / truth.double().norm()).item()
-    if not error <= tolerance:
-        raise AssertionError(f"{name}: relative error {error:.2e} above {tolerance:.0e}; its time is not reported")
-
-
 def alternate(
     contenders: dict[str, Callable[[], object]],
     rounds: int,
@@ -28,8 +21,24 @@ def alternate(
     before: dict[str, Callable[[], object]] | None = None,
 ) -> dict[str, float]:
     """Median seconds of each contender; every round runs each once, in turn. `before` runs off the clock."""
+    times = alternating(contenders, rounds, warmup, before)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def alternating(
+    contenders: dict[str, Callable[[], object]],
+    rounds: int,
+    warmup: int = 1,
+    before: dict[str, Callable[[], object]] | None = None,
+    seconds: float | None = None,
+) -> dict[str, list[float]]:
+    """`alternate`'s times, all of them. No further round starts that would not end within `seconds`; one runs anyway."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
+    begin = time.perf_counter()
     for turn in range(warmup + rounds):
+        taken = time.perf_counter() - begin
+        if seconds is not None and turn > warmup and taken * (turn + 1) / turn > seconds:
+            break
         for name, call in contenders.items():
             if before and name in before:
                 before[name]()
@@ -37,7 +46,7 @@ def alternate(
             call()
             if turn >= warmup:
                 times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
 
 
 def peak_mib(call: Callable[[], Sequence[Tensor]]) -> tuple[float, float]:
