@@ -16,56 +16,12 @@ import tempfile
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from fastdpo.bench.gate import Gate
+from fastdpo.bench.gate import Gate, WrongResult
+from fastdpo.bench.inputs import dense_batch, real_batch
 from fastdpo.bench.isolated import run_alone
 from fastdpo.bench.measure import alternate, machine
-from fastdpo.bench.providers import NEEDS, PROVIDERS, Batch, run
-
-from .inputs import dense_batch
-
-def real_batch(model_name: str, data: Path, pairs: int, max_length: int, tokens: int | None = None) -> Batch:
-    """The completions of the first pairs in bf16, chosen first; of `tokens` tokens, as one pair, if that is given."""
-    from tqdm import tqdm
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl.data_utils import apply_chat_template
-
-    from fastdpo.train_data import plain_chat_template, read_pairs
-
-    model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.bfloat16)
-    tokenizer = AutoTokenizer.from_pretrained(model_name)
-    tokenizer.chat_template = tokenizer.chat_template or plain_chat_template(tokenizer)
-    sides: dict[str, list[tuple[Tensor, Tensor]]] = {"chosen": [], "rejected": []}
-    rows = read_pairs(data)
-    found, progress = 0, tqdm(total=tokens or pairs, unit="token" if tokens else "pair", desc="hidden states")
-    for row in rows if tokens else rows.select(range(pairs)):
-        text = apply_chat_template(row, tokenizer)
-        before = found
-        for side, sequences in sides.items():
-            prompt = tokenizer(text["prompt"]).input_ids
-            ids = (prompt + tokenizer(text[side], add_special_tokens=False).input_ids)[:max_length]
-            with torch.no_grad():
-                states = model.model(torch.tensor([ids])).last_hidden_state[0]
-            sequences.append(
-                (states[len(prompt) - 1 : len(ids) - 1], torch.tensor(ids[len(prompt) :], dtype=torch.int64))
-            )
-            found += len(ids) - len(prompt)
-        progress.update(found - before if tokens else 1)
-        if tokens and found >= tokens:
-            break
-    sequences = [*sides["chosen"], *sides["rejected"]]
-    hidden, labels = (torch.cat(parts) for parts in zip(*sequences, strict=True))
-    lengths = tuple(len(part) for _, part in sequences)
-    if tokens:
-        if found < tokens:
-            raise SystemExit(f"--tokens {tokens}: the data has {found} completion tokens")
-        hidden, labels, lengths = hidden[:tokens], labels[:tokens], (tokens - tokens // 2, tokens // 2)
-    return _batch(hidden, model.lm_head.weight.detach().clone(), labels, lengths)
-
-
-def _batch(hidden: Tensor, weight: Tensor, labels: Tensor, lengths: tuple[int, ...]) -> Batch:
-    return Batch(hidden, weight, labels, lengths, torch.randn(len(labels), generator=torch.Generator().manual_seed(0)))
+from fastdpo.bench.providers import NEEDS, PROVIDERS, run
 
 
 def main() -> None:
@@ -96,7 +52,7 @@ def main() -> None:
     for name in options.contenders:
         try:
             checked[name] = gate.errors(name)
-        except ImportError as error:
+        except (ImportError, WrongResult) as error:
             print(f"{name}: left out ({error})")
 
     buffer = batch.hidden.new_empty((256, vocab))

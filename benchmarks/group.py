@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastdpo import linear_token_logps
 from fastdpo.bench.from_logits import FROM_LOGITS, NO_CPU_PATH, LogitsBatch
 from fastdpo.bench.gate import Gate, WrongResult
 from fastdpo.bench.isolated import Outcome, run_alone
 from fastdpo.bench.measure import alternating
-from fastdpo.bench.providers import PACKAGES, PROVIDERS, TOKEN_LOGPS, Batch, run
+from fastdpo.bench.providers import PACKAGES, PROVIDERS, TOKEN_LOGPS, Batch, first_tokens, run
+from fastdpo.saved import unflatten
 
 from . import cost
 from .cases import Case, Shape
@@ -26,6 +28,7 @@ FEW, CHECKED = 8, 64  # tokens of the two gates
 SLOW = 3.0  # seconds for FEW tokens: all of them are left to a process of its own, which is stopped
 MEMORY_SECONDS = 6.0  # of a contender, about: two processes run at a time
 MOST_ROUNDS = 7
+KEPT_OF = 256  # tokens of fastdpo's tile, in which columns are kept
 BASELINE = {"hidden": "product alone", "logits": "copy alone"}
 
 
@@ -86,7 +89,7 @@ def measure(
             failed[name] = f"wrong result: {wrong}"
         except ImportError:
             failed[name] = f"not installed: {PACKAGES.get(name, name)}"
-    work = work_of(case, shape, batch, gates[1])
+    work = work_of(case, shape, batch)
     del gates
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "inputs.pt"
@@ -104,7 +107,9 @@ def measure(
         if memory:
             with ThreadPoolExecutor(2) as pool:
                 waiting = {
-                    name: pool.submit(run_alone, name, file, case.needs, limit=60) for name in errors if name not in slow
+                    name: pool.submit(run_alone, name, file, case.needs, limit=60)
+                    for name in errors
+                    if name not in slow
                 }
                 alone |= {name: future.result() for name, future in waiting.items()}
     results = {BASELINE[case.entry]: Result(times[BASELINE[case.entry]])}
@@ -153,10 +158,12 @@ def runs(
     return calls, before
 
 
-def work_of(case: Case, shape: Shape, batch: Batch | LogitsBatch, gate: Gate) -> cost.Work:
+def work_of(case: Case, shape: Shape, batch: Batch | LogitsBatch) -> cost.Work:
     counted = int((batch.labels >= 0).sum())
     longest = len(batch.lengths) * max(batch.lengths)
-    kept = kept_share(gate.part) if isinstance(gate.part, Batch) and case.needs != "forward" else None
+    kept = None
+    if isinstance(batch, Batch) and case.needs != "forward":
+        kept = kept_share(first_tokens(batch, KEPT_OF // len(batch.lengths)))
     width = shape.width if case.entry == "hidden" else 0
     sizes = shape.vocab, width, batch[0].element_size()
     return cost.Work(shape.tokens, counted, longest, *sizes, case.needs, kept)
@@ -164,9 +171,6 @@ def work_of(case: Case, shape: Shape, batch: Batch | LogitsBatch, gate: Gate) ->
 
 def kept_share(batch: Batch) -> float | None:
     """Share of the logits' gradient that fastdpo computes; None: all of it, exactly."""
-    from fastdpo import linear_token_logps
-    from fastdpo.saved import unflatten
-
     weight = batch.weight.detach().requires_grad_()
     function = linear_token_logps(batch.hidden, weight, batch.labels).logps.grad_fn
     saved = unflatten(function.saved_layout, function.saved_tensors[7:])

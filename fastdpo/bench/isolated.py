@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import torch
 
-from .measure import peak_mib
 from .from_logits import LogitsBatch
+from .measure import peak_mib
 from .providers import NEEDS, Batch, first_tokens, run
 
 LOADING = 60  # seconds, for imports, inputs and compilation, on top of the limit of a run

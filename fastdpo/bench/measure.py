@@ -32,7 +32,7 @@ def alternating(
     before: dict[str, Callable[[], object]] | None = None,
     seconds: float | None = None,
 ) -> dict[str, list[float]]:
-    """`alternate`'s times, all of them. No further round starts that would not end within `seconds`; one runs anyway."""
+    """All of `alternate`'s times. No round starts that would not end within `seconds`, except the first."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     begin = time.perf_counter()
     for turn in range(warmup + rounds):
