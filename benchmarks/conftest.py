@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from . import cases
 from .session import Session
 
 SESSION = pytest.StashKey[Session]()
@@ -20,7 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="session")
 def session(request: pytest.FixtureRequest) -> Session:
     options = request.config.option
-    made = Session(options.bench_seconds, options.bench_limit)
+    made = Session(options.bench_seconds, options.bench_limit, cases.CASES)
     request.config.stash[SESSION] = made
     return made
 

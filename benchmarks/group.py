@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 import torch
 
 from fastdpo import linear_token_logps
+from fastdpo.bench import providers
 from fastdpo.bench.from_logits import FROM_LOGITS, NO_CPU_PATH, LogitsBatch
 from fastdpo.bench.gate import Gate, WrongResult
 from fastdpo.bench.isolated import Outcome, run_alone
 from fastdpo.bench.measure import alternating
-from fastdpo.bench.providers import PACKAGES, PROVIDERS, TOKEN_LOGPS, Batch, first_tokens, run
+from fastdpo.bench.providers import PACKAGES, Batch, first_tokens, run
 from fastdpo.saved import unflatten
 
 from . import cost
@@ -46,7 +47,7 @@ class Result(NamedTuple):
 
 def contenders(case: Case) -> list[str]:
     if case.entry == "hidden":
-        return [*TOKEN_LOGPS, *(name for name in PROVIDERS if name not in TOKEN_LOGPS)]
+        return list(providers.PROVIDERS)
     return [*FROM_LOGITS, *NO_CPU_PATH]
 
 
@@ -89,6 +90,8 @@ def measure(
             failed[name] = f"wrong result: {wrong}"
         except ImportError:
             failed[name] = f"not installed: {PACKAGES.get(name, name)}"
+        except Exception as error:  # the others are measured all the same
+            failed[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     work = work_of(case, shape, batch)
     del gates
     with tempfile.TemporaryDirectory() as folder:
@@ -97,10 +100,9 @@ def measure(
             torch.save(tuple(batch), file)
         alone: dict[str, Outcome] = {}
         for name, said in slow.items():
-            # Rather a contender without a time than a case without
-            alone[name] = (
-                run_alone(name, file, case.needs, limit=limit) if timed > 2 * limit else Outcome(None, None, said)
-            )
+            # Rather one contender without a time than a case without
+            spare = timed > 2 * limit
+            alone[name] = run_alone(name, file, case.needs, limit=limit) if spare else Outcome(None, None, said)
         left = timed - (time.perf_counter() - begin)
         calls, before = runs(case, batch, [name for name in errors if name not in slow])
         times = alternating(calls, MOST_ROUNDS, warmup=0, before=before, seconds=max(0.0, left))

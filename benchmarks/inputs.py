@@ -31,7 +31,7 @@ def make(case: Case, shape: Shape) -> Batch | LogitsBatch:
 def layout(case: Case, tokens: int, generator: torch.Generator) -> tuple[tuple[int, ...], Tensor]:
     """Lengths of the sequences `[2B]`, and which of the N positions count.
 
-    Packed: completions of unlike lengths. Padded: `[2B, T]`, half of it prompt, then T/4 to T/2 of completion, then padding.
+    Packed: completions of unlike lengths. Padded: `[2B, T]`, half of it prompt, then T/4 to T/2 of completion, padding.
     """
     if case.layout == "packed":
         parts = torch.rand(SEQUENCES, generator=generator) * 0.6 + 0.7

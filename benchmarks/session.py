@@ -13,7 +13,7 @@ from tqdm import tqdm
 from fastdpo.bench.gate import Gate
 from fastdpo.bench.measure import alternate, machine
 
-from .cases import CASES, Case, Machine, Shape, fit
+from .cases import Case, Machine, Shape, fit
 from .group import MEMORY_SECONDS, Result, contenders, measure
 from .inputs import make
 
@@ -22,27 +22,18 @@ PACKAGES = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy", "tran
 
 
 class Session:
-    """Measures each case when it is first asked for, in the order of CASES, within `seconds` in all.
+    """Measures each case when it is first asked for, within `seconds` in all.
 
     Args:
         seconds: of the whole run.
         limit: seconds that one run of a contender may take.
-        cases: those to be measured.
-        shapes: by case name, to measure at these; others are fitted to the machine.
+        cases: to be measured, in this order.
         memory: take it too, where the time allows.
     """
 
-    def __init__(
-        self,
-        seconds: float,
-        limit: float,
-        cases: tuple[Case, ...] = CASES,
-        shapes: dict[str, Shape] | None = None,
-        memory: bool = True,
-    ) -> None:
+    def __init__(self, seconds: float, limit: float, cases: tuple[Case, ...], memory: bool = True) -> None:
         self.begin = time.perf_counter()
         self.seconds, self.limit, self.cases, self.memory = seconds, limit, cases, memory
-        self.shapes = shapes or {}
         self.found: dict[str, tuple[Shape | None, dict[str, Result]]] = {}
         self.left_out: dict[str, str] = {}  # by case
         self.not_timed: dict[str, dict[str, str]] = {}  # by case and contender
@@ -64,13 +55,10 @@ class Session:
         return self.found[case.name]
 
     def _measure(self, case: Case) -> tuple[Shape | None, dict[str, Result]]:
-        if case not in self.cases:
-            self.left_out[case.name] = "not asked for"
-            return None, {}
         waiting = [each for each in self.cases if each.name not in self.found]
         seconds = self.left() * case.share / sum(each.share for each in waiting)
         free = Machine(self.rates["products"], self.rates["copy"], int(psutil.virtual_memory().available * 0.7))
-        shape = self.shapes.get(case.name) or fit(case, timing(case, seconds, self.memory), free)
+        shape = fit(case, timing(case, seconds, self.memory), free)
         if shape is None:
             self.left_out[case.name] = (
                 f"its {max(0.0, seconds):.0f} s of {self.seconds:.0f} s, or the memory, are too few"

@@ -52,7 +52,7 @@ def run_alone(
     command = [sys.executable, "-m", "fastdpo.bench.isolated", name, str(inputs), "--needs", needs]
     command += [] if tokens is None else ["--tokens", str(tokens)]
     command += [] if memory_mib is None else ["--memory-mib", str(memory_mib)]
-    late = Outcome(None, None, f"more than {limit:g} s")
+    late = Outcome(None, None, f"more than {limit} s")
     try:
         timeout = None if limit is None else limit + LOADING
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
