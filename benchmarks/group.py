@@ -106,7 +106,7 @@ def measure(
         left = timed - (time.perf_counter() - begin)
         calls, before = runs(case, batch, [name for name in errors if name not in slow])
         times = alternating(calls, MOST_ROUNDS, warmup=0, before=before, seconds=max(0.0, left))
-        if memory:
+        if memory and seconds - (time.perf_counter() - begin) > for_memory / 2:
             with ThreadPoolExecutor(2) as pool:
                 waiting = {
                     name: pool.submit(run_alone, name, file, case.needs, limit=60)

@@ -34,7 +34,11 @@ def condensed(raw: dict[str, Any]) -> dict[str, Any]:
         info = dict(line["extra_info"])
         case, name = cases[info.pop("case")], info.pop("contender")
         rounds = line["stats"]["data"]
-        found = {"seconds": statistics.median(rounds), "rounds": rounds, **{k: v for k, v in info.items() if v}}
+        found = {
+            "seconds": statistics.median(rounds),
+            "rounds": rounds,
+            **{k: v for k, v in info.items() if v is not None},
+        }
         if name == BASELINE[case["entry"]]:
             case["baseline"] = found
         else:
@@ -130,7 +134,7 @@ def picture(doc: dict[str, Any], path: Path) -> None:
                         # No memory of its own has no place on a logarithmic axis
                         points.append((max(value, 1.0) if key == "mib" else value / ours, row))
                 # All contenders in one legend, drawn or not
-                hollow = marker == "o" and contender != OURS
+                hollow = contender.startswith(OURS) and contender != OURS
                 axes.plot(
                     *(zip(*points, strict=True) if points else ((), ())),
                     marker,

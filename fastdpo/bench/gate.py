@@ -19,7 +19,7 @@ _AT_ONCE = 1 << 24  # elements that are compared in float64
 
 
 class WrongResult(AssertionError):
-    """A contender's result is not that of float32 mathematics (float64, from float32 inputs)."""
+    """A contender's result is not that of float32 mathematics (float64, from logits or float32 inputs)."""
 
 
 def check(name: str, result: Tensor, truth: Tensor, tolerance: float) -> float:
@@ -57,8 +57,9 @@ class Gate(Generic[AnyBatch]):
 
     @cached_property
     def truth(self) -> list[Tensor]:
-        """What `run` returns, in float32 mathematics; from float32 inputs in float64."""
-        wide = torch.float64 if self.part[0].dtype == torch.float32 else torch.float32
+        """What `run` returns, in float32 mathematics; from logits, or float32 inputs, in float64."""
+        narrow = isinstance(self.part, Batch) and self.part[0].dtype != torch.float32
+        wide = torch.float32 if narrow else torch.float64
         return run("eager", self._part_in(wide), self.needs)
 
     @cached_property

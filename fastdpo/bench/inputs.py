@@ -15,8 +15,8 @@ from torch import Tensor
 from .providers import Batch
 
 # Standard deviation of a token's logits over the vocabulary, and the part of it that all tokens share. Chosen after
-# Gemma 3 270M on real pairs: 256 of its tokens have all but 2^-10 of their probability in 4 to 8% of the columns and an
-# entropy of 1.9 nats; these in 7%, and 2.6
+# Gemma 3 270M on real pairs: 256 of its tokens have all but 2^-10 of their probability in 4 to 8% of the columns, and
+# an entropy of 1.9 nats; these in 7%, and 2.6
 SPREAD, SHARED = 6.0, 5.4
 SAMPLED_LENGTH = 128  # tokens of a sampled sequence
 
@@ -36,33 +36,29 @@ def real_batch(
         ValueError: the data has fewer tokens; not with `exact=False`, which then takes what there is.
     """
     from tqdm import tqdm
-    from transformers import AutoTokenizer
-    from trl.data_utils import apply_chat_template
 
-    from ..train_data import plain_chat_template, read_pairs
+    from ..cache.rows import Preparation, load_tokenizer, sequence
+    from ..train_data import read_pairs
 
-    model = load_model(model_name, dtype)
-    tokenizer = AutoTokenizer.from_pretrained(model_name)
-    tokenizer.chat_template = tokenizer.chat_template or plain_chat_template(tokenizer)
-    sides: dict[str, list[tuple[Tensor, Tensor]]] = {"chosen": [], "rejected": []}
     rows: Any = read_pairs(data)
+    prepare = Preparation(rows[0], load_tokenizer(model_name, rows[0]))
+    model = load_model(model_name, dtype)
+    sides: tuple[list[tuple[Tensor, Tensor]], ...] = ([], [])
     found, progress = 0, tqdm(total=tokens or pairs, unit="token" if tokens else "pair", desc="hidden states")
-    for row in rows if tokens else rows.select(range(pairs)):
-        text = apply_chat_template(row, tokenizer)
-        before = found
-        for side, sequences in sides.items():
-            prompt = tokenizer(text["prompt"]).input_ids
-            ids = (prompt + tokenizer(text[side], add_special_tokens=False).input_ids)[:max_length]
-            sequences.append(_completion(model, ids, len(prompt)))
-            found += max(0, len(ids) - len(prompt))
-        progress.update(found - before if tokens else 1)
+    for number, row in enumerate(rows if tokens else rows.select(range(pairs))):
+        prepared = prepare.numbered(row, f"row {number}")
+        for side, sequences in enumerate(sides):
+            ids, counted, _ = sequence(prepared, side, max_length, "keep_start", None)
+            if counted.any():
+                sequences.append(_completion(model, ids.tolist(), int(counted.argmax())))
+                found += int(counted.sum())
+        progress.update(min(tokens, found) - progress.n if tokens else 1)
         if tokens and found >= tokens:
             break
     progress.close()
-    sequences = [*sides["chosen"], *sides["rejected"]]
     if tokens and found < tokens and exact:
         raise ValueError(f"--tokens {tokens}: the data has {found} completion tokens")
-    return _batch(model, sequences, min(tokens, found) if tokens else None)
+    return _batch(model, [*sides[0], *sides[1]], min(tokens, found) if tokens else None)
 
 
 def sampled_batch(model_name: str, tokens: int, dtype: torch.dtype) -> Batch:

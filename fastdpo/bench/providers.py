@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ class Batch(NamedTuple):
     grads: Tensor  # [N], of each token logp
 
 
-AnyBatch = TypeVar("AnyBatch", Batch, LogitsBatch)
+AnyBatch = TypeVar("AnyBatch", bound="Batch | LogitsBatch")
 
 
 def eager(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -166,10 +166,8 @@ def first_tokens(batch: AnyBatch, each: int) -> AnyBatch:
         rows.append(part[start : start + each])
         lengths.append(len(rows[-1]))
     few = torch.cat(rows)
-    first = batch._fields[0]
-    return batch._replace(
-        **{first: batch[0][few]}, labels=batch.labels[few], lengths=tuple(lengths), grads=batch.grads[few]
-    )
+    rest = {"labels": batch.labels[few], "lengths": tuple(lengths), "grads": batch.grads[few]}
+    return cast(AnyBatch, batch._replace(**{batch._fields[0]: batch[0][few]}, **rest))
 
 
 def _leaves(batch: Batch, needs: str) -> list[Tensor]:
