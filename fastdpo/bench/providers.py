@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -166,8 +166,8 @@ def first_tokens(batch: AnyBatch, each: int) -> AnyBatch:
         rows.append(part[start : start + each])
         lengths.append(len(rows[-1]))
     few = torch.cat(rows)
-    rest = {"labels": batch.labels[few], "lengths": tuple(lengths), "grads": batch.grads[few]}
-    return cast(AnyBatch, batch._replace(**{batch._fields[0]: batch[0][few]}, **rest))
+    fields: dict[str, Any] = {name: getattr(batch, name)[few] for name in (batch._fields[0], "labels", "grads")}
+    return cast(AnyBatch, batch._replace(**fields, lengths=tuple(lengths)))
 
 
 def _leaves(batch: Batch, needs: str) -> list[Tensor]:
