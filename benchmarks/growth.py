@@ -20,12 +20,11 @@ import matplotlib
 import torch
 from matplotlib.figure import Figure
 
+from fastdpo.bench.inputs import dense_batch, real_batch
 from fastdpo.bench.isolated import run_alone
 from fastdpo.bench.measure import machine
 from fastdpo.bench.providers import PROVIDERS, Batch
 from fastdpo.plots import STYLE
-
-from .from_hidden import dense_batch, real_batch
 
 TOKENS = (512, 2048, 8192, 32768)
 VOCABULARIES = (32768, 65536, 131072, 262144)
