@@ -33,7 +33,7 @@ from .longest_figure import draw
 DEFAULT = tuple(name for name in PROVIDERS if name != "fastdpo exact, kept")
 GPU_GIB = (8, 24, 80)
 APART = 1.1  # the bisection ends when what fits and what does not are so close
-TRIES = 9
+TRIES = 12
 STATES = 4096  # of the model; repeated beyond
 MOST = 1 << 17  # tokens
 

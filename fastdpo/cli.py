@@ -30,7 +30,7 @@ COMMANDS = {
     "bench": Command(
         "fastdpo.bench.command",
         "what it saves on this machine, against what is installed",
-        ("transformers", "matplotlib", "tqdm", "psutil"),
+        ("matplotlib", "tqdm", "psutil"),
     ),
     "doctor": Command("fastdpo.doctor", "which backends work on this machine, and why the others do not", ()),
 }

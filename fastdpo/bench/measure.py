@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..recorder import peak_memory_mib, resident_memory_mib
+from ..memory import peak_memory_mib, resident_memory_mib
 
 
 class Cost(NamedTuple):

@@ -125,4 +125,4 @@ def _failed(name: str, outcomes: Mapping[Entry, Outcome]) -> bool:
 
 
 def _words(outcome: Outcome) -> str:
-    return "out of memory" if outcome.failed == "memory" else str(outcome.failed)
+    return "out of memory" if outcome.failed == "memory" else str(outcome.failed).split(";")[0]
