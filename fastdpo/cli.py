@@ -27,6 +27,11 @@ COMMANDS = {
         "reference logps, computed once: build, attach, verify",
         ("trl", "transformers", "pyarrow"),
     ),
+    "bench": Command(
+        "fastdpo.bench.command",
+        "what it saves on this machine, against what is installed",
+        ("matplotlib", "tqdm", "psutil"),
+    ),
     "doctor": Command("fastdpo.doctor", "which backends work on this machine, and why the others do not", ()),
 }
 
