@@ -5,7 +5,8 @@
 
 Completion tokens only, for every contender; dtype bf16. Checked first against float32 mathematics on the same inputs;
 a wrong contender is not timed. Memory: peak resident set of a process of its own, above inputs and returned gradients.
-A contender that is not installed is named and left out. --needs frozen: no gradient of weight; forward: none at all.
+A contender that is not installed is named and left out; PyTorch's chunks take minutes on a large vocabulary.
+--needs frozen: no gradient of weight; forward: none at all.
 --tokens: that many, from as many pairs as it takes, as one pair of two sequences. --dense: random hidden and weight.
 """
 

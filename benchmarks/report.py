@@ -1,7 +1,8 @@
 """The suite's JSON as tables, figures and the page.
 
     python -m benchmarks.report BENCH.json --output DIR     # DIR/benchmarks.json, .png, .md
-    python -m benchmarks.report BENCH.json --output docs    # the figures of docs/benchmarks.md, which has the tables
+    python -m benchmarks.report BENCH.json --output docs    # docs/benchmarks.md has its tables between two markers
+    python -m benchmarks.report docs/benchmarks.json --output docs    # the same, drawn and written again
 
 benchmarks.json holds what the tables say: of every case its shape, of every contender its numbers or why it has none.
 """
@@ -166,7 +167,8 @@ def main() -> None:
     parser.add_argument("bench", type=Path)
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
-    doc = condensed(json.loads(options.bench.read_text(encoding="utf-8")))
+    raw = json.loads(options.bench.read_text(encoding="utf-8"))
+    doc = raw if "cases" in raw else condensed(raw)
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "benchmarks.json").write_text(json.dumps(doc, indent=1) + "\n", encoding="utf-8")
     picture(doc, options.output / "benchmarks.png")
