@@ -44,7 +44,7 @@ class Case(NamedTuple):
 
 
 CASES = (
-    Case("Gemma 3 270M", tokens=512, share=3.2, check=True),
+    Case("Gemma 3 270M", tokens=512, share=4, check=True),
     Case("Llama 3 8B", "logits", tokens=1024, share=2.5, check=True),
     Case("Mistral 7B", tokens=512, share=2.2, check=True),
     Case("Qwen3 0.6B", layout="padded"),

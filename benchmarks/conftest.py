@@ -14,7 +14,7 @@ SESSION = pytest.StashKey[Session]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastdpo")
-    group.addoption("--bench-seconds", type=float, default=800, help="of the whole run (default 800)")
+    group.addoption("--bench-seconds", type=float, default=720, help="of the whole run (default 720)")
     group.addoption("--bench-limit", type=float, default=30, help="seconds of one run of a contender (default 30)")
 
 

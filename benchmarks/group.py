@@ -26,8 +26,9 @@ from .cases import Case, Shape
 from .inputs import make
 
 FEW, CHECKED = 8, 64  # tokens of the two gates
-SLOW = 3.0  # seconds for FEW tokens: all of them are left to a process of its own, which is stopped
+SLOW = 6.0  # seconds for FEW tokens: all of them are left to a process of its own, which is stopped
 MEMORY_SECONDS = 6.0  # of a contender, about: two processes run at a time
+PATIENCE = 2.5  # such a process, its loading included, must leave time for the others
 MOST_ROUNDS = 7
 KEPT_OF = 256  # tokens of fastdpo's tile, in which columns are kept
 BASELINE = {"hidden": "product alone", "logits": "copy alone"}
@@ -96,12 +97,12 @@ def measure(
     del gates
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "inputs.pt"
-        if memory or (slow and timed > 2 * limit):
+        if memory or (slow and timed > PATIENCE * limit):
             torch.save(tuple(batch), file)
         alone: dict[str, Outcome] = {}
         for name, said in slow.items():
             # Rather one contender without a time than a case without
-            spare = timed > 2 * limit
+            spare = timed > PATIENCE * limit
             alone[name] = run_alone(name, file, case.needs, limit=limit) if spare else Outcome(None, None, said)
         left = timed - (time.perf_counter() - begin)
         calls, before = runs(case, batch, [name for name in errors if name not in slow])

@@ -148,7 +148,9 @@ def picture(doc: dict[str, Any], path: Path) -> None:
                     zorder=4 if contender == OURS else 3,
                 )
             axes.set(title=title, xscale="log")
+            axes.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
             axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:,g}"))
+        panels[1].set_xlim(0.7, 1.3 * panels[1].get_xlim()[1])
         panels[0].axvline(1, color=GREY, lw=1)
         panels[0].set_yticks(range(len(names)), names)
         panels[0].set_ylim(len(names) - 0.5, -0.5)

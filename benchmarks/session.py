@@ -17,6 +17,7 @@ from .cases import Case, Machine, Shape, fit
 from .group import MEMORY_SECONDS, Result, contenders, measure
 from .inputs import make
 
+LEAST_SECONDS = 8  # of a case: what its gate takes
 RATE_SHAPE = (256, 1024, 32768)  # N, H, V of the product that the machine's rate is taken from
 PACKAGES = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy", "transformers", "pytest-benchmark")
 
@@ -59,7 +60,7 @@ class Session:
         seconds = self.left() * case.share / sum(each.share for each in waiting)
         free = Machine(self.rates["products"], self.rates["copy"], int(psutil.virtual_memory().available * 0.7))
         shape = fit(case, timing(case, seconds, self.memory), free)
-        if shape is None:
+        if shape is None or seconds < LEAST_SECONDS:
             share = f"{max(0.0, seconds):.0f} of {self.seconds:.0f} s"
             self.left_out[case.name] = f"its share of the time, {share}, or the memory that is free, is too small"
             return None, {}
