@@ -5,7 +5,8 @@
 
 Completion tokens only, for every contender; dtype bf16. Checked first against float32 mathematics on the same inputs;
 a wrong contender is not timed. Memory: peak resident set of a process of its own, above inputs and returned gradients.
-A contender that is not installed is named and left out. --needs frozen: no gradient of weight; forward: none at all.
+A contender that is not installed is named and left out; PyTorch's chunks take minutes on a large vocabulary.
+--needs frozen: no gradient of weight; forward: none at all.
 --tokens: that many, from as many pairs as it takes, as one pair of two sequences. --dense: random hidden and weight.
 """
 
@@ -16,81 +17,12 @@ import tempfile
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
+from fastdpo.bench.gate import Gate, WrongResult
+from fastdpo.bench.inputs import dense_batch, real_batch
 from fastdpo.bench.isolated import run_alone
 from fastdpo.bench.measure import alternate, machine
-from fastdpo.bench.providers import NEEDS, PROVIDERS, Batch, dpo_truth, first_tokens, run
-
-CHECKED_TOKENS = 256
-# Relative error of a gradient; eager bf16 is at 1.5e-2, Liger, which rounds the logps of whole sequences, at 6e-2
-WRONG = 0.1
-
-
-def real_batch(model_name: str, data: Path, pairs: int, max_length: int, tokens: int | None = None) -> Batch:
-    """The completions of the first pairs in bf16, chosen first; of `tokens` tokens, as one pair, if that is given."""
-    from tqdm import tqdm
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl.data_utils import apply_chat_template
-
-    from fastdpo.train_data import plain_chat_template, read_pairs
-
-    model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.bfloat16)
-    tokenizer = AutoTokenizer.from_pretrained(model_name)
-    tokenizer.chat_template = tokenizer.chat_template or plain_chat_template(tokenizer)
-    sides: dict[str, list[tuple[Tensor, Tensor]]] = {"chosen": [], "rejected": []}
-    rows = read_pairs(data)
-    found, progress = 0, tqdm(total=tokens or pairs, unit="token" if tokens else "pair", desc="hidden states")
-    for row in rows if tokens else rows.select(range(pairs)):
-        text = apply_chat_template(row, tokenizer)
-        before = found
-        for side, sequences in sides.items():
-            prompt = tokenizer(text["prompt"]).input_ids
-            ids = (prompt + tokenizer(text[side], add_special_tokens=False).input_ids)[:max_length]
-            with torch.no_grad():
-                states = model.model(torch.tensor([ids])).last_hidden_state[0]
-            sequences.append(
-                (states[len(prompt) - 1 : len(ids) - 1], torch.tensor(ids[len(prompt) :], dtype=torch.int64))
-            )
-            found += len(ids) - len(prompt)
-        progress.update(found - before if tokens else 1)
-        if tokens and found >= tokens:
-            break
-    sequences = [*sides["chosen"], *sides["rejected"]]
-    hidden, labels = (torch.cat(parts) for parts in zip(*sequences, strict=True))
-    lengths = tuple(len(part) for _, part in sequences)
-    if tokens:
-        if found < tokens:
-            raise SystemExit(f"--tokens {tokens}: the data has {found} completion tokens")
-        hidden, labels, lengths = hidden[:tokens], labels[:tokens], (tokens - tokens // 2, tokens // 2)
-    return _batch(hidden, model.lm_head.weight.detach().clone(), labels, lengths)
-
-
-def dense_batch(like: Batch) -> Batch:
-    """Random hidden and weight, whose softmax is not sparse; its shapes, labels and lengths."""
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(like.hidden.shape, generator=generator)
-    weight = torch.randn(like.weight.shape, generator=generator) / like.weight.shape[1] ** 0.5
-    return _batch(hidden.bfloat16(), weight.bfloat16(), like.labels, like.lengths)
-
-
-def _batch(hidden: Tensor, weight: Tensor, labels: Tensor, lengths: tuple[int, ...]) -> Batch:
-    return Batch(hidden, weight, labels, lengths, torch.randn(len(labels), generator=torch.Generator().manual_seed(0)))
-
-
-def errors(name: str, batch: Batch, needs: str) -> list[float]:
-    """Mean absolute error of a logp (Liger: of the loss); relative errors of dX and dW; against float32."""
-    few = first_tokens(batch, max(1, CHECKED_TOKENS // len(batch.lengths)))
-    truth = (
-        dpo_truth(few)
-        if name == "Liger"
-        else run("eager", few._replace(hidden=few.hidden.float(), weight=few.weight.float()), needs)
-    )
-    result = run(name, few, needs)
-    relative = [((r.float() - t).norm() / t.norm()).item() for r, t in zip(result[1:], truth[1:], strict=False)]
-    if not all(error < WRONG for error in relative):
-        raise AssertionError(f"{name}: relative errors {relative} of the gradients; its time is not reported")
-    return [(result[0] - truth[0]).abs().mean().item(), *relative]
+from fastdpo.bench.providers import NEEDS, PROVIDERS, run
 
 
 def main() -> None:
@@ -117,11 +49,11 @@ def main() -> None:
     print(
         f"{machine()}; {kind}, N={count}, V={vocab}, H={width}, bf16, {needs}, medians of {options.rounds}", flush=True
     )
-    checked = {}
+    gate, checked = Gate(batch, needs), {}
     for name in options.contenders:
         try:
-            checked[name] = errors(name, batch, needs)
-        except ImportError as error:
+            checked[name] = gate.errors(name)
+        except (ImportError, WrongResult) as error:
             print(f"{name}: left out ({error})")
 
     buffer = batch.hidden.new_empty((256, vocab))

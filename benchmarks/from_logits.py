@@ -1,4 +1,4 @@
-"""From logits on a CPU: token logps forward and in-place backward, against plain PyTorch.
+"""From logits on a CPU: token logps forward and backward, and what of it is the machine's memory.
 
     python -m benchmarks.from_logits [--rows 1024] [--vocab 131072] [--dtype bfloat16] [--rounds 7]
 
@@ -10,22 +10,15 @@ write an element).
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 import fastdpo
-from fastdpo.bench.measure import alternate, check, machine
+from fastdpo.bench.from_logits import FROM_LOGITS, LogitsBatch, run
+from fastdpo.bench.gate import Gate
+from fastdpo.bench.measure import alternate, machine
 
-
-def plain(logits: Tensor, labels: Tensor) -> Tensor:
-    return torch.log_softmax(logits.float(), dim=-1).gather(-1, labels[:, None]).squeeze(-1)
-
-
-def gradient_by(logps: Callable[[Tensor, Tensor], Tensor], logits: Tensor, labels: Tensor, grads: Tensor) -> Tensor:
-    logits = logits.detach().requires_grad_()
-    return torch.autograd.grad(logps(logits, labels), logits, grads)[0]
+STATISTICS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")  # all that TRL's DPO trainer logs
 
 
 def main() -> None:
@@ -37,47 +30,33 @@ def main() -> None:
     options = parser.parse_args()
 
     torch.manual_seed(0)
-    dtype = getattr(torch, options.dtype)
-    logits = (torch.randn(options.rows, options.vocab) * 3).to(dtype)
-    labels, grads = torch.randint(0, options.vocab, (options.rows,)), torch.randn(options.rows)
-    compiled = torch.compile(plain)
-    scratch = logits.clone()  # fastdpo writes its gradient over this one
-
-    def fast(logits: Tensor, labels: Tensor) -> Tensor:
-        return fastdpo.token_logps(logits, labels, inplace_backward=True).logps
-
-    few = slice(0, 8)
-    truth = gradient_by(plain, logits[few].double(), labels[few], grads[few].double())
-    for name, function in {"eager": plain, "torch.compile": compiled, "fastdpo": fast}.items():
-        check(name, gradient_by(function, logits[few].clone(), labels[few], grads[few]), truth, 5e-3)
-        check(name, function(logits[few], labels[few]), plain(logits[few].double(), labels[few]), 1e-5)
-
-    def forward_only() -> None:
-        with torch.no_grad():
-            fastdpo.token_logps(logits, labels)
-
-    def trl_statistics() -> None:
-        with torch.no_grad():
-            fastdpo.token_logps(logits, labels, stats=("entropy", "mean_logits", "is_top1", "log_sum_sq_probs"))
-
-    seconds = alternate(
-        {
-            "eager": lambda: gradient_by(plain, logits, labels, grads),
-            "torch.compile": lambda: gradient_by(compiled, logits, labels, grads),
-            "fastdpo": lambda: gradient_by(fast, scratch, labels, grads),
-            "fastdpo forward": forward_only,
-            "fastdpo forward, all statistics": trl_statistics,
-            "copy": lambda: scratch.copy_(logits),
-        },
-        options.rounds,
-        before={"fastdpo": lambda: scratch.copy_(logits)},
+    logits = (torch.randn(options.rows, options.vocab) * 3).to(getattr(torch, options.dtype))
+    batch = LogitsBatch(
+        logits, torch.randint(0, options.vocab, (options.rows,)), (options.rows,), torch.randn(options.rows)
     )
-    size = logits.numel() * logits.element_size()
+    scratch = batch._replace(logits=logits.clone())  # fastdpo in place writes its gradient over this one
+    gate = Gate(batch, tokens=8)
+    for name in FROM_LOGITS:
+        gate.errors(name)
+
+    def forward(stats: tuple[str, ...] = ()) -> None:
+        with torch.no_grad():
+            fastdpo.token_logps(logits, batch.labels, stats=stats)
+
+    ours = "fastdpo, in place"
+    calls = {name: lambda name=name: run(name, scratch if name == ours else batch) for name in FROM_LOGITS}
+    calls |= {
+        "fastdpo forward": forward,
+        "fastdpo forward, all statistics": lambda: forward(STATISTICS),
+        "copy": lambda: scratch.logits.copy_(logits),
+    }
+    seconds = alternate(calls, options.rounds, before={ours: lambda: scratch.logits.copy_(logits)})
+    size = logits.nbytes
     bandwidth = 2 * size / seconds["copy"]
-    backward = seconds["fastdpo"] - seconds["fastdpo forward"]
+    backward = seconds[ours] - seconds["fastdpo forward"]
     print(f"{machine()}; N={options.rows}, V={options.vocab}, {options.dtype}, medians of {options.rounds}")
     for name, value in seconds.items():
-        print(f"{name:34}{value * 1e3:10.1f} ms{value / seconds['fastdpo']:8.2f} x fastdpo")
+        print(f"{name:34}{value * 1e3:10.1f} ms{value / seconds[ours]:8.2f} x fastdpo, in place")
     print(f"copy bandwidth {bandwidth / 1e9:.1f} GB/s (read + write)")
     print(f"forward reads at {size / seconds['fastdpo forward'] / bandwidth:.0%} of it")
     print(f"backward reads and writes at {2 * size / backward / bandwidth:.0%} of it")

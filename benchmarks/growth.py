@@ -20,25 +20,19 @@ import matplotlib
 import torch
 from matplotlib.figure import Figure
 
+from fastdpo.bench.inputs import dense_batch, real_batch
 from fastdpo.bench.isolated import run_alone
 from fastdpo.bench.measure import machine
 from fastdpo.bench.providers import PROVIDERS, Batch
 from fastdpo.plots import STYLE
 
-from .from_hidden import dense_batch, real_batch
+from .looks import LOOKS
 
 TOKENS = (512, 2048, 8192, 32768)
 VOCABULARIES = (32768, 65536, 131072, 262144)
 CASES = [(tokens, VOCABULARIES[-1]) for tokens in TOKENS] + [(2048, vocab) for vocab in VOCABULARIES[:-1]]
 DENSE = ("fastdpo", "fastdpo exact")  # the others do not look at the softmax
-COLOURS = {  # Okabe and Ito
-    "eager": "#6E6E6E",
-    "TRL 1.16": "#E69F00",
-    "Liger": "#CC79A7",
-    "CCE": "#009E73",
-    "fastdpo": "#0072B2",
-    "fastdpo exact": "#56B4E9",
-}
+CONTENDERS = ("eager", "TRL 1.16", "Liger", "CCE", "fastdpo", "fastdpo exact")
 
 
 def inputs_of(kind: str, vocab: int, real: Path) -> Path:
@@ -99,13 +93,15 @@ def picture(points: list[dict[str, Any]], path: Path) -> None:
         figure = Figure(figsize=(11, 8), layout="constrained")
         for row, (x, fixed, value, label) in zip(figure.subplots(2, 2), panels, strict=True):
             for axes, (y, title) in zip(row, (("seconds", "Seconds"), ("mib", "Peak MiB")), strict=True):
-                for name, colour in COLOURS.items():
+                for name in CONTENDERS:
                     for kind, style in (("real", "o-"), ("dense", "s:")):
                         mine = [p for p in points if (p["contender"], p["kind"], p[fixed]) == (name, kind, value)]
                         mine = sorted((p for p in mine if "failed" not in p), key=lambda p: p[x])
                         if mine:
                             title_of = name if kind == "real" else f"{name}, dense"
-                            axes.loglog([p[x] for p in mine], [p[y] for p in mine], style, color=colour, label=title_of)
+                            axes.loglog(
+                                [p[x] for p in mine], [p[y] for p in mine], style, color=LOOKS[name][0], label=title_of
+                            )
                 ticks = TOKENS if x == "tokens" else VOCABULARIES
                 axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], minor=False)
                 axes.set_xticks([], minor=True)
@@ -120,7 +116,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--limit", type=float, default=50)
-    parser.add_argument("--contenders", nargs="*", default=list(COLOURS), choices=list(PROVIDERS))
+    parser.add_argument("--contenders", nargs="*", default=list(CONTENDERS), choices=list(PROVIDERS))
     options = parser.parse_args()
     if options.model is None or options.data is None or options.output is None:
         parser.error("--model, --data and --output are needed")

@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from trl.trainer.utils import add_fused_lm_head
 
-from fastdpo.bench.measure import alternate, check, machine
+from fastdpo.bench.gate import check
+from fastdpo.bench.measure import alternate, machine
 from fastdpo.integrations.trl import patched
 from fastdpo.integrations.trl_packing.forward import PackedForward, packed
 from fastdpo.integrations.trl_packing.layout import layout

@@ -32,6 +32,11 @@ COMMANDS = {
         "how much reference policies matter: a grid of runs and its report",
         ("trl", "transformers", "matplotlib", "pyarrow", "yaml"),
     ),
+    "bench": Command(
+        "fastdpo.bench.command",
+        "what it saves on this machine, against what is installed",
+        ("matplotlib", "tqdm", "psutil"),
+    ),
     "doctor": Command("fastdpo.doctor", "which backends work on this machine, and why the others do not", ()),
 }
 

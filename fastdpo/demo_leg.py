@@ -13,7 +13,8 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from .demo_model import Settings, greedy_accuracy
-from .recorder import RunRecorder, peak_memory_mib, resident_memory_mib
+from .memory import peak_memory_mib, resident_memory_mib
+from .recorder import RunRecorder
 from .train_data import read_pairs
 
 NAMES = {"trl": "TRL's DPOTrainer", "fastdpo": "FastDPOTrainer"}

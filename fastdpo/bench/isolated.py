@@ -1,25 +1,32 @@
 """One contender in a process of its own, under limits of time and memory: seconds, peak memory, or why it failed.
 
-The process runs `python -m fastdpo.bench.isolated NAME INPUTS ...` and prints one line of JSON.
+The process runs `python -m fastdpo.bench.isolated NAME INPUTS ...`; it answers each line on its standard input with one
+line of JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import select
 import subprocess
 import sys
-import time
+import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from .measure import peak_mib
-from .providers import NEEDS, PROVIDERS, Batch, first_tokens, run
+from .from_logits import LogitsBatch
+from .gate import Gate, WrongResult
+from .measure import Cost, cost_on, data_mib
+from .providers import NEEDS, Batch, first_tokens, run
 
 LOADING = 60  # seconds, for imports, inputs and compilation, on top of the limit of a run
 SHORT = 5  # seconds; a shorter run is repeated, and the better time taken
+CHECKED_TOKENS = 64
 
 
 class Outcome(NamedTuple):
@@ -30,6 +37,121 @@ class Outcome(NamedTuple):
     failed: str | None = None
 
 
+class Failed(Exception):
+    """A contender's process ended, or was ended, without an answer; the message says why, in a few words."""
+
+
+class Contender:
+    """A contender in a new process, which loads at once; `run` as often as wanted, `close` (or `with`) at the end.
+
+    Args:
+        name: of PROVIDERS, or of FROM_LOGITS for a LogitsBatch.
+        inputs: file that holds the fields of a Batch or LogitsBatch, by torch.save.
+        needs: "both" gradients, "frozen" (of hidden alone), "forward" (none).
+        tokens: the first so many, spread over the sequences; None: all, which contenders of one file then share.
+        memory_mib: data that the process may hold (RLIMIT_DATA), inputs and libraries included; None: what is free.
+        device: where it runs.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        inputs: Path,
+        needs: str = "both",
+        tokens: int | None = None,
+        memory_mib: int | None = None,
+        device: str = "cpu",
+    ) -> None:
+        command = [sys.executable, "-m", "fastdpo.bench.isolated", name, str(inputs), "--needs", needs]
+        command += ["--device", device]
+        command += [] if tokens is None else ["--tokens", str(tokens)]
+        command += [] if memory_mib is None else ["--memory-mib", str(memory_mib)]
+        # One compiler per contender, not one per core, each a process
+        environment = {"TORCHINDUCTOR_COMPILE_THREADS": "1", **os.environ}
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, env=environment
+        )
+        self._held: float | None = None
+
+    def ready(self, timeout: float = LOADING) -> float:
+        """Wait until it is loaded and warmed up. MiB of data that it holds then: libraries and inputs (0: not known).
+
+        Raises:
+            Failed: it could not load, or took longer.
+        """
+        if self._held is None:
+            try:
+                self._held = self._answer(timeout)["held_mib"]
+            except TimeoutError:
+                raise Failed(f"not loaded after {timeout:g} s") from None
+        assert self._held is not None
+        return self._held
+
+    def run(self, limit: float | None = None) -> Outcome:
+        """One run, ended if it takes more than `limit` seconds; then the process has ended, too.
+
+        Raises:
+            Failed: there are no numbers.
+        """
+        self.ready()
+        try:
+            return Outcome(**self._ask("run", limit))
+        except TimeoutError:
+            raise Failed(f"more than {limit:g} s") from None
+
+    def check(self, timeout: float = LOADING) -> None:
+        """Raise Failed where its results on a part of the inputs are wrong."""
+        self.ready()
+        try:
+            wrong = self._ask("check", timeout)["wrong"]
+        except TimeoutError:
+            raise Failed(f"not checked after {timeout:g} s") from None
+        if wrong is not None:
+            raise Failed(f"refused, {wrong}")
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.communicate()
+        self._errors.close()
+
+    def __enter__(self) -> Contender:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _ask(self, what: str, timeout: float | None) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(f"{what}\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise Failed(self._why()) from None
+        return self._answer(timeout)
+
+    def _answer(self, timeout: float | None) -> dict[str, Any]:
+        """The next line; TimeoutError, and the process is killed, if it does not come."""
+        assert self._process.stdout is not None
+        if not select.select([self._process.stdout], [], [], timeout)[0]:
+            self._process.kill()
+            raise TimeoutError
+        line = self._process.stdout.readline()
+        if not line:
+            raise Failed(self._why())
+        return json.loads(line)
+
+    def _why(self) -> str:
+        code = self._process.wait()
+        self._errors.seek(0)
+        said = self._errors.read()
+        # The kernel kills, the allocator raises
+        if code < 0 or "memory" in said.lower() or "bad_alloc" in said:
+            return "memory"
+        return (said.strip() or "no message").splitlines()[-1]
+
+
 def run_alone(
     name: str,
     inputs: Path,
@@ -37,44 +159,47 @@ def run_alone(
     tokens: int | None = None,
     limit: float | None = None,
     memory_mib: int | None = None,
+    device: str = "cpu",
 ) -> Outcome:
-    """Run a contender once or twice in a new process.
+    """Run a contender once or twice in a new process; the arguments are `Contender`'s.
 
     Args:
-        name: of PROVIDERS.
-        inputs: file that holds the fields of a Batch, by torch.save.
-        needs: "both" gradients, "frozen" (of hidden alone), "forward" (none).
-        tokens: the first so many, spread over the sequences; None: all.
         limit: seconds that a run may take.
-        memory_mib: data that the process may hold (RLIMIT_DATA), inputs and libraries included; None: what is free.
     """
-    command = [sys.executable, "-m", "fastdpo.bench.isolated", name, str(inputs), "--needs", needs]
-    command += [] if tokens is None else ["--tokens", str(tokens)]
-    command += [] if memory_mib is None else ["--memory-mib", str(memory_mib)]
-    late = Outcome(None, None, f"more than {limit:g} s")
     try:
-        timeout = None if limit is None else limit + LOADING
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
-    except subprocess.TimeoutExpired:
-        return late
-    if done.returncode:
-        # The kernel kills, the allocator raises
-        memory = "memory" in done.stderr.lower() or "bad_alloc" in done.stderr or done.returncode < 0
-        return Outcome(None, None, "memory" if memory else (done.stderr.strip() or "no message").splitlines()[-1])
-    found = Outcome(**json.loads(done.stdout.splitlines()[-1]))
-    return late if limit is not None and found.seconds is not None and found.seconds > limit else found
+        with Contender(name, inputs, needs, tokens, memory_mib, device) as contender:
+            first = contender.run(limit)
+            assert first.seconds is not None
+            if first.seconds >= SHORT:
+                return first
+            again = contender.run(limit)
+            assert again.seconds is not None
+            return first._replace(seconds=min(first.seconds, again.seconds))
+    except Failed as failed:
+        return Outcome(None, None, str(failed))
 
 
-def run_here(name: str, batch: Batch, needs: str) -> Outcome:
-    """For a process of its own: what `run_alone` returns."""
-    for few in (8, 12):  # libraries loaded; torch.compile has seen that N varies
+# --- in the process of its own ---------------------------------------------------------------------------------------
+
+
+def warm_up(name: str, batch: Batch | LogitsBatch, needs: str) -> None:
+    """Libraries are loaded, and torch.compile has seen that N varies."""
+    for few in (8, 12):
         run(name, first_tokens(batch, few), needs)
-    peak, seconds = peak_mib(lambda: run(name, batch, needs)[1:])
-    if seconds < SHORT:
-        start = time.perf_counter()
-        run(name, batch, needs)
-        seconds = min(seconds, time.perf_counter() - start)
-    return Outcome(seconds, peak)
+
+
+def run_here(name: str, batch: Batch | LogitsBatch, needs: str) -> Cost:
+    """One run; for a process of its own."""
+    inputs = {field.data_ptr() for field in batch if isinstance(field, Tensor)}
+    # A gradient written over an input is no memory of its own
+    own = lambda: [x for x in run(name, batch, needs)[1:] if x.data_ptr() not in inputs]  # noqa: E731
+    cost = cost_on(batch[0].device)(own)
+    return cost._replace(mib=max(cost.mib, 0.0))  # a gradient may lie in memory that was there before
+
+
+def verify(name: str, batch: Batch | LogitsBatch, needs: str) -> None:
+    """Raise WrongResult for results that are not those of float32 mathematics, on a part of the batch."""
+    Gate(batch, needs, CHECKED_TOKENS).errors(name)
 
 
 def limit_memory(mib: int | None) -> None:
@@ -87,19 +212,45 @@ def limit_memory(mib: int | None) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (most, most))
 
 
+def load(inputs: Path, tokens: int | None, device: str) -> Batch | LogitsBatch:
+    """The batch in a file; hidden states and head mapped, logits read, as a contender may write over them."""
+    mapped = tokens is None and device == "cpu"
+    fields = torch.load(inputs, weights_only=True, mmap=mapped, map_location=device)
+    batch: Batch | LogitsBatch
+    batch = Batch(*fields) if len(fields) == len(Batch._fields) else LogitsBatch(fields[0].clone(), *fields[1:])
+    return batch if tokens is None else first_tokens(batch, -(-tokens // len(batch.lengths)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", choices=PROVIDERS)
+    parser.add_argument("name")
     parser.add_argument("inputs", type=Path)
     parser.add_argument("--needs", default="both", choices=NEEDS)
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--memory-mib", type=int)
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    limit_memory(options.memory_mib)
-    batch = Batch(*torch.load(options.inputs, weights_only=True))
-    if options.tokens is not None:
-        batch = first_tokens(batch, -(-options.tokens // len(batch.lengths)))
-    print(json.dumps(run_here(options.name, batch, options.needs)._asdict()))
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a contender prints is no answer
+    if options.device == "cpu":
+        limit_memory(options.memory_mib)
+    batch = load(options.inputs, options.tokens, options.device)
+    warm_up(options.name, batch, options.needs)
+
+    def answer(**found: Any) -> None:
+        print(json.dumps(found), file=answers, flush=True)
+
+    answer(held_mib=data_mib())
+    for line in sys.stdin:
+        if line.strip() == "run":
+            cost = run_here(options.name, batch, options.needs)
+            answer(seconds=cost.seconds, mib=cost.mib)
+        else:
+            try:
+                verify(options.name, batch, options.needs)
+                answer(wrong=None)
+            except WrongResult as error:
+                answer(wrong=str(error))
 
 
 if __name__ == "__main__":

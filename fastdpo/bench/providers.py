@@ -1,39 +1,72 @@
 """Contenders from hidden states, one function each.
 
 `TOKEN_LOGPS`: (hidden [N, H], weight [V, H], labels [N]) -> token logps [N], differentiable. Liger gives a DPO loss
-only, with its gradients computed in its forward: `liger` takes the same batch as pairs.
+only, with its gradients computed in its forward: `liger` takes the same batch as pairs. A label of -100 does not
+count, and its logp is 0; each contender does with such rows what its users get. From logits: from_logits.py.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from .. import linear_token_logps
+from . import from_logits
+from .from_logits import LogitsBatch
 
 
 class Batch(NamedTuple):
-    """Completion tokens of 2B sequences, chosen first."""
+    """Tokens of 2B sequences, chosen first: completions alone, or (labels -100) prompts and padding too."""
 
     hidden: Tensor  # [N, H]
     weight: Tensor  # [V, H]
-    labels: Tensor  # [N]
+    labels: Tensor  # [N], -100: does not count
     lengths: tuple[int, ...]  # [2B], N in sum
     grads: Tensor  # [N], of each token logp
 
 
+AnyBatch = TypeVar("AnyBatch", bound="Batch | LogitsBatch")
+
+
 def eager(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    logits = (hidden @ weight.T).float()
-    return torch.log_softmax(logits, dim=-1).gather(-1, labels[:, None]).squeeze(-1)
+    return from_logits.eager(hidden @ weight.T, labels)
+
+
+@functools.cache
+def _compiled() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    return torch.compile(eager, dynamic=True)
+
+
+def compiled(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """`eager` under torch.compile; dynamic, as batches differ in length."""
+    return _compiled()(hidden, weight, labels)
+
+
+def pytorch(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """torch.nn.functional.linear_cross_entropy (PyTorch 2.13) in chunks, as its own options choose them."""
+    from torch.nn import LinearCrossEntropyOptions
+    from torch.nn.functional import linear_cross_entropy
+
+    return -linear_cross_entropy(hidden, weight, labels, reduction="none", options=LinearCrossEntropyOptions())
 
 
 def trl_chunked(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """What TRL 1.16's DPOTrainer runs (its chunk size; only log-probabilities asked for)."""
+    """What TRL 1.16's DPOTrainer runs (its chunk size; only log-probabilities asked for).
+
+    It scores masked rows too, unless it runs on Triton.
+    """
     from trl.kernels import ChunkedLogProbFunction
 
-    return ChunkedLogProbFunction.apply(hidden, weight, None, labels, 1.0, 32768, None, 1.0, ())[0]
+    counts = labels >= 0
+    if hidden.is_cuda:
+        logps = ChunkedLogProbFunction.apply(hidden[counts], weight, None, labels[counts], 1.0, 32768, None, 1.0, ())[0]
+        return logps.new_zeros(counts.shape).masked_scatter(counts, logps)
+    logps = ChunkedLogProbFunction.apply(hidden, weight, None, labels.clamp(min=0), 1.0, 32768, None, 1.0, ())[0]
+    return logps.masked_fill(~counts, 0)
 
 
 def cce(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -61,6 +94,8 @@ def fast_exact_kept(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 TOKEN_LOGPS = {
     "eager": eager,
+    "torch.compile": compiled,
+    "PyTorch": pytorch,
     "TRL 1.16": trl_chunked,
     "CCE": cce,
     "fastdpo": fast,
@@ -68,11 +103,14 @@ TOKEN_LOGPS = {
     "fastdpo exact, kept": fast_exact_kept,
 }
 PROVIDERS = (*TOKEN_LOGPS, "Liger")
+PACKAGES = {"TRL 1.16": "trl", "CCE": "cut-cross-entropy", "Liger": "liger-kernel"}  # beyond PyTorch and fastdpo
 NEEDS = ("both", "frozen", "forward")
 
 
-def run(name: str, batch: Batch, needs: str = "both") -> list[Tensor]:
+def run(name: str, batch: Batch | LogitsBatch, needs: str = "both") -> list[Tensor]:
     """[logps (Liger: loss), dX, dW]; needs "frozen": without dW, "forward": the first alone."""
+    if isinstance(batch, LogitsBatch):
+        return from_logits.run(name, batch, needs)
     if name == "Liger":
         return liger(batch, needs)
     if needs == "forward":
@@ -86,19 +124,20 @@ def run(name: str, batch: Batch, needs: str = "both") -> list[Tensor]:
 def liger(batch: Batch, needs: str) -> list[Tensor]:
     """Liger 0.8.5's LigerFusedLinearDPOLoss (compiled), reference logps 0, on sequences padded to the longest.
 
-    It takes one weight gradient whether or not it is needed. Its forward computes the gradients.
+    Its forward computes the gradients.
     """
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
     hidden, labels = padded(batch)
-    hidden.requires_grad_()
+    hidden.requires_grad_(needs != "forward")
     weight = batch.weight.detach().requires_grad_(needs == "both")
     loss = LigerFusedLinearDPOLoss(use_ref_model=False)(weight, hidden, labels)[0]
     if needs == "forward":
         return [loss.detach()]
     leaves = [hidden, weight] if needs == "both" else [hidden]
     dx, *dw = torch.autograd.grad(loss, leaves)
-    return [loss.detach(), dx[labels != -100], *dw]
+    there = torch.arange(hidden.shape[1]) < torch.tensor(batch.lengths)[:, None]
+    return [loss.detach(), dx[there], *dw]
 
 
 def dpo_truth(batch: Batch) -> list[Tensor]:
@@ -117,11 +156,18 @@ def padded(batch: Batch) -> tuple[Tensor, Tensor]:
     return hidden, torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
 
 
-def first_tokens(batch: Batch, each: int) -> Batch:
-    """The first tokens of each sequence."""
-    lengths = tuple(min(each, length) for length in batch.lengths)
-    rows = torch.cat([part[:each] for part in torch.arange(len(batch.labels)).split(list(batch.lengths))])
-    return Batch(batch.hidden[rows], batch.weight, batch.labels[rows], lengths, batch.grads[rows])
+def first_tokens(batch: AnyBatch, each: int) -> AnyBatch:
+    """`each` tokens of each sequence (all, if it has fewer), the first that count; a quarter of them masked before."""
+    rows, lengths = [], []
+    for part in torch.arange(len(batch.labels)).split(list(batch.lengths)):
+        counts = (batch.labels[part] >= 0).nonzero()
+        start = max(0, int(counts[0]) - each // 4) if len(counts) else 0
+        start = max(0, min(start, len(part) - each))
+        rows.append(part[start : start + each])
+        lengths.append(len(rows[-1]))
+    few = torch.cat(rows)
+    fields: dict[str, Any] = {name: getattr(batch, name)[few] for name in (batch._fields[0], "labels", "grads")}
+    return cast(AnyBatch, batch._replace(**fields, lengths=tuple(lengths)))
 
 
 def _leaves(batch: Batch, needs: str) -> list[Tensor]:
