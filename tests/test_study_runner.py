@@ -42,7 +42,7 @@ def grid(world: Path) -> dict[str, Any]:
 def unbroken(grid: dict[str, Any], world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study that nothing disturbed."""
     folder = tmp_path_factory.mktemp("unbroken") / "DIR"
-    (world / "grid.yaml").write_text(yaml.safe_dump(grid))
+    (world / "grid.yaml").write_text(yaml.safe_dump(grid, sort_keys=False))
     process = study_kit.study_process(world / "grid.yaml", folder)
     out, error = process.communicate(timeout=300)
     assert process.returncode == 0, error.decode()

@@ -77,7 +77,7 @@ def prepare(folder: Path) -> Path:
     """
     demo = folder / "demo"
     demo.mkdir(parents=True, exist_ok=True)
-    with runner.alone(folder):
+    with runner.alone(folder), runner.interruptible():
         _, train, held_out = SETTINGS.split()
         for name, prompts, seed in (("train", train, SETTINGS.seed), ("held_out", held_out, SETTINGS.seed + 1)):
             if not (demo / f"{name}.jsonl").exists():

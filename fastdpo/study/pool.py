@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 TRIES = 2  # workers that may die over one job
 
@@ -48,7 +49,15 @@ class Worker:
         self.connection, theirs = context.Pipe()
         self.job: Any = None
         self.process = context.Process(target=_serve, args=(theirs, work, argument, place, log))
-        self.process.start()
+        environment = {
+            "OMP_NUM_THREADS": str(place.threads),
+            "TOKENIZERS_PARALLELISM": "false",
+            "TQDM_DISABLE": "1",  # one bar, the parent's
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            **({} if place.device is None else {"CUDA_VISIBLE_DEVICES": place.device}),
+        }
+        with mock.patch.dict(os.environ, environment):  # libraries read theirs when they are imported
+            self.process.start()
         theirs.close()
 
     def give(self, job: Any) -> None:
@@ -133,9 +142,6 @@ def _serve(parent: Any, work: str, argument: Any, place: Place, log: Path) -> No
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
             os.dup2(file.fileno(), stream.fileno())
-    if place.device is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = place.device
-    os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", TQDM_DISABLE="1", TOKENIZERS_PARALLELISM="false")
     import torch
 
     torch.set_num_threads(place.threads)
