@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from types import UnionType
-from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from ..losses.table import did_you_mean
 from .errors import StudyError
@@ -44,7 +44,8 @@ def build(kind: type[T], given: Any, where: str = "") -> T:
 def _value(hint: Any, value: Any, where: str) -> Any:
     """A value as its field holds it. Numbers are left to the dataclass."""
     if dataclasses.is_dataclass(hint):
-        return build(cast(type, hint), value, where)
+        nested: Any = hint
+        return build(nested, value, where)
     if get_origin(hint) is tuple:
         item = get_args(hint)[0]
         items = value if isinstance(value, (list, tuple)) else [value]
