@@ -50,7 +50,7 @@ references:
   weaker: {model: weaker, role: weaker}         # pretrained for less time
   # none: null                                  # no reference: the posterior again
   # other: other                                # another tokenizer
-betas: [0.03, 0.3, 1, 3, 10, 30]
+betas: [0.03, 0.3, 1, 3, 30, 300]
 parameterizations: [ratio, posterior, likelihood]
 loss_types: [sigmoid]
 seeds: [0, 1]
