@@ -16,7 +16,7 @@ import study_kit
 import yaml
 
 from fastdpo import cli
-from fastdpo.study import command, results, runner
+from fastdpo.study import command, cost, results, runner
 from fastdpo.study.errors import StudyError
 
 pytestmark = [
@@ -42,7 +42,7 @@ def grid(world: Path) -> dict[str, Any]:
 def unbroken(grid: dict[str, Any], world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study that nothing disturbed."""
     folder = tmp_path_factory.mktemp("unbroken") / "DIR"
-    (world / "grid.yaml").write_text(yaml.safe_dump(grid))
+    (world / "grid.yaml").write_text(yaml.safe_dump(grid, sort_keys=False))
     process = study_kit.study_process(world / "grid.yaml", folder)
     out, error = process.communicate(timeout=300)
     assert process.returncode == 0, error.decode()
@@ -191,3 +191,31 @@ def test_errors_are_one_line(tmp_path, capsys):
     assert "expected CONFIG --output DIR, or --demo --output DIR" in capsys.readouterr().err
     assert cli.main(["study", "--cost", str(tmp_path)]) == 1
     assert "no study.json" in capsys.readouterr().err
+
+
+def test_cost_beside_runs_of_trl(unbroken, capsys):
+    """The same cells as trl.DPOTrainer with a live reference: the same losses, or no figure."""
+    before = kept(unbroken)
+    assert cli.main(["study", "--cost", str(unbroken), "--cells", "2"]) == 0
+    found = json.loads((unbroken / "cost.json").read_text())
+    assert found["timed"] == ["sigmoid-ratio-start-beta0.1-seed0", "sigmoid-ratio-better-beta0.1-seed0"]
+    assert found["cells"] == 4 and found["largest_difference_of_losses"] < 1e-4
+    for side in ("trl", "study"):
+        parts = [value for name, value in found[side].items() if name.endswith("_seconds")]
+        assert found[side]["seconds"] == pytest.approx(sum(parts)) and min(found[side].values()) >= 0
+        assert found[side]["sweep_minutes"] == pytest.approx(found[side]["seconds"] * 4 / 60)
+    assert found["trl"]["reference_seconds"] == 0 < found["study"]["reference_seconds"]
+    assert "4 cells on 1 workers, minutes" in capsys.readouterr().out
+    assert kept(unbroken) == before
+
+    path = results.cell_path(unbroken, found["timed"][0])
+    record = path.read_text()
+    path.write_text(record.replace('"loss": 0.', '"loss": 0.9', 1))
+    with pytest.raises(StudyError, match="the losses of TRL's runs differ by"):
+        cost._compare(unbroken, results.load(unbroken), [], results.load(unbroken).cells[:1], [stock_of(record)])
+    path.write_text(record)
+
+
+def stock_of(record: str) -> dict[str, Any]:
+    """What a run of TRL with these losses would report."""
+    return {"losses": [one["loss"] for one in json.loads(record)["curves"]]}

@@ -192,7 +192,8 @@ class FastDPOTrainer(PackingTrainer):
     Every loss_type and option of `trl.DPOConfig`: the losses are TRL's own. TRL is patched during this trainer's own
     loss only, so other trainers of the process keep TRL's kernels.
 
-    With `reference_cache=` no reference model is loaded: `CachedReferenceTrainer`.
+    With `reference_cache=` no reference model is loaded; `parameterization=` takes the reference out of the reward, or
+    the prompt out of the reference: `CachedReferenceTrainer`.
 
     With `padding_free=True` no padding is computed; with `shared_prompt=True`, nor any prompt twice: `PackingTrainer`.
 

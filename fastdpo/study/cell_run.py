@@ -264,7 +264,7 @@ class Lab:
     def _open(self, path: str, dtype: str) -> Any:
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=getattr(torch, dtype), trust_remote_code=self.config.trust_remote_code
         )
         return model.to(torch.accelerator.current_accelerator() or "cpu")

@@ -171,7 +171,7 @@ def stock_run(folder: Path, id: str) -> dict[str, Any]:
     began, startup = time.perf_counter(), process_seconds()
     reference = lab.policy(cell.reference)
     live = None  # TRL's own: the policy before training
-    if reference.model != lab.config.policy:
+    if reference.model is not None and reference.model != lab.config.policy:
         dtype = getattr(torch, reference.dtype or lab.config.dtype)
         live = AutoModelForCausalLM.from_pretrained(reference.model, dtype=dtype)
     data = (lab.config, lab.tokenizer, lab.pairs.train)

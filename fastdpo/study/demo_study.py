@@ -50,15 +50,15 @@ references:
   weaker: {model: weaker, role: weaker}         # pretrained for less time
   # none: null                                  # no reference: the posterior again
   # other: other                                # another tokenizer
-betas: [0.03, 0.1, 0.3, 1, 3]
+betas: [0.03, 0.3, 1, 3, 30, 300]
 parameterizations: [ratio, posterior, likelihood]
 loss_types: [sigmoid]
 seeds: [0, 1]
 training:
-  learning_rate: 1e-4
+  learning_rate: 2e-4
   lr_scheduler_type: constant_with_warmup
   warmup_steps: 4
-  num_train_epochs: 1
+  num_train_epochs: 2
   per_device_train_batch_size: 16
   max_length: 64
   bf16: false
@@ -77,7 +77,7 @@ def prepare(folder: Path) -> Path:
     """
     demo = folder / "demo"
     demo.mkdir(parents=True, exist_ok=True)
-    with runner.alone(folder):
+    with runner.alone(folder), runner.interruptible():
         _, train, held_out = SETTINGS.split()
         for name, prompts, seed in (("train", train, SETTINGS.seed), ("held_out", held_out, SETTINGS.seed + 1)):
             if not (demo / f"{name}.jsonl").exists():

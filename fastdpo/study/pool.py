@@ -17,8 +17,10 @@ from collections.abc import Iterable, Iterator
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 TRIES = 2  # workers that may die over one job
+_PATIENCE = 10.0  # seconds for an idle worker to leave
 
 
 class Place(NamedTuple):
@@ -48,7 +50,15 @@ class Worker:
         self.connection, theirs = context.Pipe()
         self.job: Any = None
         self.process = context.Process(target=_serve, args=(theirs, work, argument, place, log))
-        self.process.start()
+        environment = {
+            "OMP_NUM_THREADS": str(place.threads),
+            "TOKENIZERS_PARALLELISM": "false",
+            "TQDM_DISABLE": "1",  # one bar, the parent's
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            **({} if place.device is None else {"CUDA_VISIBLE_DEVICES": place.device}),
+        }
+        with mock.patch.dict(os.environ, environment):  # libraries read theirs when they are imported
+            self.process.start()
         theirs.close()
 
     def give(self, job: Any) -> None:
@@ -66,6 +76,13 @@ class Worker:
             return self.connection.recv()
         except OSError as error:  # a pipe that broke in the middle
             raise EOFError from error
+
+    def end(self) -> None:
+        """End it: by itself where it has nothing to do, else at once."""
+        if self.job is None:
+            self.connection.close()
+            self.process.join(_PATIENCE)
+        self.kill()
 
     def kill(self) -> int | None:
         """End it at once; returns its exit code."""
@@ -89,15 +106,16 @@ class Pool:
         self.close()
 
     def close(self) -> None:
-        """Kill all workers."""
+        """End all workers."""
         for number in list(self._workers):
-            self._workers.pop(number).kill()
+            self._workers.pop(number).end()
 
     def run(self, jobs: Iterable[Any]) -> Iterator[Outcome]:
         """Each job's outcome, as it comes. A job whose worker dies is given to another, TRIES times in all."""
         waiting, died, codes = deque(jobs), Counter[Any](), {}
         while waiting or any(worker.job is not None for worker in self._workers.values()):
-            for number in range(len(self._places)):
+            # Those that are there already before those that would have to start
+            for number in sorted(range(len(self._places)), key=lambda number: number not in self._workers):
                 if waiting and (number not in self._workers or self._workers[number].job is None):
                     self._worker(number).give(waiting.popleft())
             busy = {worker.connection: number for number, worker in self._workers.items() if worker.job is not None}
@@ -133,12 +151,11 @@ def _serve(parent: Any, work: str, argument: Any, place: Place, log: Path) -> No
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
             os.dup2(file.fileno(), stream.fileno())
-    if place.device is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = place.device
-    os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", TQDM_DISABLE="1", TOKENIZERS_PARALLELISM="false")
     import torch
+    from tqdm import tqdm
 
     torch.set_num_threads(place.threads)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a worker that is killed would leave
     do = None
     while True:
         try:

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import signal
+import warnings
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -29,7 +30,7 @@ from .training import arguments
 
 # Lists that may grow or shrink between two runs on one folder; all else that is given must stay as it was
 _GRID = ("betas", "parameterizations", "loss_types", "seeds", "references")
-_FREE = (*_GRID, "workers", "token_rows", "save_models")
+_FREE = (*_GRID, "workers", "token_rows", "save_models", "quality", "higher_is_better")
 _VERSIONS = ("torch", "transformers", "trl", "peft", "numpy")
 
 
@@ -43,7 +44,7 @@ def run(config: StudyConfig, folder: Path) -> list[str]:
         StudyError: settings that TRL refuses; a folder of a study with other settings, or that another process is at;
             a reference that cannot be scored.
     """
-    with alone(folder), _terminated_as_interrupted():
+    with alone(folder), interruptible():
         study = settle(config, folder)
         with Pool("fastdpo.study.runner:worker", folder, places(study), folder / "work" / "logs") as pool:
             _references(study, folder, pool)
@@ -63,7 +64,7 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
+def interruptible() -> Iterator[None]:
     """SIGTERM unwinds as ctrl-C does, so that the workers are ended."""
 
     def stop(number: int, frame: Any) -> None:
@@ -85,7 +86,9 @@ def _terminated_as_interrupted() -> Iterator[None]:
 
 def settle(config: StudyConfig, folder: Path) -> dict[str, Any]:
     """Write study.json, or check it against the one that there is; returns it."""
-    arguments(config, folder / "work")  # what TRL would refuse is refused now
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of TRL's own defaults
+        arguments(config, folder / "work")  # what TRL would refuse is refused now
     found = data.fingerprint(data.read(config.data))
     config = config.with_paths(lambda path: local(path, folder))
     quality = config.quality or ("score" if config.scorer else "reward accuracy on held-out pairs")
@@ -116,8 +119,10 @@ def _check_same(before: dict[str, Any], now: dict[str, Any], folder: Path) -> No
     """Raise StudyError where finished cells of the folder would not be what the settings say."""
     fields = [one.name for one in dataclasses.fields(StudyConfig)]
     changed = [name for name in (*fields, "data_fingerprint") if name not in _FREE and before[name] != now[name]]
-    old = {one["name"]: one for one in before["references"]}
-    changed += [f"references.{one['name']}" for one in now["references"] if old.get(one["name"], one) != one]
+    for one in now["references"]:
+        there = read_json(_reference_path(folder, one["name"]))
+        if there is not None and there["of"] != _what(one):
+            changed.append(f"references.{one['name']}")
     if changed:
         first = changed[0]
         values = f" ({before[first]!r} there, {now[first]!r} now)" if first in before else ""
@@ -188,13 +193,20 @@ def worker(folder: Path) -> Callable[[tuple[str, Any]], None]:
     def do(job: tuple[str, Any]) -> None:
         kind, what = job
         if kind == "reference":
-            prior = "likelihood" in lab.config.parameterizations
-            write_json(_reference_path(folder, what), {**lab.reference(lab.policy(what)), "prior": prior})
+            start = {"name": START, "model": lab.study["policy"], "dtype": None, "tokenizer": None}
+            of = next((one for one in lab.study["references"] if one["name"] == what), start)
+            kept = {"of": _what(of), "prior": "likelihood" in lab.config.parameterizations}
+            write_json(_reference_path(folder, what), {**kept, **lab.reference(lab.policy(what))})
         else:
             cell = Cell(*what)
             write_json(cell_path(folder, cell.id), _record(cell, **lab.cell(cell)))
 
     return do
+
+
+def _what(reference: dict[str, Any]) -> list[Any]:
+    """What a reference's logps depend on, of its settings."""
+    return [reference[name] for name in ("model", "dtype", "tokenizer")]
 
 
 def _reference_path(folder: Path, name: str) -> Path:
@@ -203,7 +215,14 @@ def _reference_path(folder: Path, name: str) -> Path:
 
 def _record(cell: Cell, **found: Any) -> dict[str, Any]:
     """A cell's JSON."""
-    fixed = {"same_run_as": None, "status": "done", "error": None, "seconds": 0.0, "curves": [], "measures": {}}
+    fixed: dict[str, Any] = {
+        "same_run_as": None,
+        "status": "done",
+        "error": None,
+        "seconds": 0.0,
+        "curves": [],
+        "measures": {},
+    }
     return {"id": cell.id, "cell": cell._asdict(), **fixed, "degenerate": [], **found}
 
 

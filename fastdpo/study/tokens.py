@@ -58,7 +58,8 @@ def load(path: Path, tokenizer: Any, beta: float) -> list[TokenRow]:
     rows = []
     with np.load(path, allow_pickle=False) as arrays:
         for i, prompt in enumerate(arrays["prompts"]):
-            rows.append(TokenRow(str(prompt), *(_side(arrays, f"{i}.{side}.", tokenizer) for side in SIDES), beta))
+            chosen, rejected = (_side(arrays, f"{i}.{side}.", tokenizer) for side in SIDES)
+            rows.append(TokenRow(str(prompt), chosen, rejected, beta))
     return rows
 
 
