@@ -14,8 +14,8 @@ SHADES = (ORANGE, BLUE, GREEN, "#CC79A7")  # one for each budget
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """Left: measured under each budget, hatched where time ended the search, a line where the memory model says. Right:
-    computed for GPUs."""
+    """Left: measured under each budget, hatched where memory did not end the search, a line where the memory model
+    ends it. Right: computed for GPUs."""
     with matplotlib.rc_context(STYLE):
         names = list(dict.fromkeys(p["contender"] for p in found["points"]))[::-1]
         figure = Figure(figsize=(12, 1.8 + 0.7 * len(names)), layout="constrained")
@@ -23,11 +23,11 @@ def draw(found: dict[str, Any], path: Path) -> None:
         budgets = sorted({p["memory_mib"] for p in found["points"]})
         bars = [(p["contender"], budgets.index(p["memory_mib"]), p) for p in found["points"]]
         _bars(measured, names, [f"{mib:,} MiB" for mib in budgets], bars)
-        measured.set_title("Measured on a CPU; the process may hold ...")
+        measured.set_title("Measured on a CPU; memory for the head:")
         sizes = sorted({p["gib"] for p in found["gpu"]})
         bars = [(p["contender"], sizes.index(p["gib"]), {"stopped": None, **p}) for p in found["gpu"]]
         _bars(computed, names, [f"{gib} GiB" for gib in sizes], bars)
-        computed.set_title("Computed for GPUs from the memory model, not run")
+        computed.set_title("Computed for GPUs from the memory model, not run:")
         figure.suptitle(
             f"Longest pair that is trained: tokens of both sequences; V = {found['vocab']:,}, H = {found['hidden']:,}, "
             "bf16, gradients of hidden and weight",
