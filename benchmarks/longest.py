@@ -7,9 +7,10 @@ bf16, gradients of hidden and weight. Measured on a CPU: each try is a process o
 limited to what its libraries and weight take, which differs from contender to contender and is measured first, and the
 budget: hidden states, gradients and all that the head needs. The number of tokens is bisected to a tenth. A try that
 takes more than --limit seconds ends the search: "at least". Hidden states: of the model on the data, repeated where
-there are more tokens than that; without a model random ones, as peaked as a trained model's. For GPUs computed, not run:
-from fastdpo/bench/memory_model.py, of which the CPU part is compared with what was measured. DIR/longest.json,
-DIR/longest.png; points already in the JSON are not measured again.
+there are more tokens than that; without a model random ones, as peaked as a trained model's. For GPUs computed, not
+run: from fastdpo/bench/memory_model.py, of which the CPU part is compared with what was measured. All of it is the head
+alone; a model's own activations come on top. DIR/longest.json, DIR/longest.png; points already in the JSON are not
+measured again.
 """
 
 from __future__ import annotations
