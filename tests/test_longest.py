@@ -89,8 +89,9 @@ def test_the_benchmark(tmp_path, capsys, monkeypatch):
     found = json.loads((tmp_path / "longest.json").read_text())
     points = {point["contender"]: point for point in found["points"]}
     assert 270 <= points["eager"]["tokens"] <= 300 and 3600 <= points["fastdpo"]["tokens"] <= 4000
-    assert points["eager"]["above_mib"] == 100.0 and points["eager"]["model"] > 0
-    assert f"| eager | {points['eager']['tokens']:,} (100 above libraries and weight) |" in out
+    assert points["eager"]["limit_mib"] == 1900 and points["eager"]["model"] > 0
+    assert f"| eager | {points['eager']['tokens']:,} |" in out
+    assert "on top, for libraries and weight: eager 900 MiB, fastdpo 900 MiB" in out
     ratio = points["eager"]["model"] / points["eager"]["tokens"]
     assert f"memory model, eager at 1,000 MiB: {ratio:.2f} of what was measured" in out
     assert (tmp_path / "longest.png").read_bytes().startswith(b"\x89PNG")
