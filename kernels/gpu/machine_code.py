@@ -68,7 +68,7 @@ def read(compiled: Any, block: int = 0, stores: bool | None = None) -> dict[str,
     Returns:
         registers (a thread's), spills (NVIDIA: bytes of stack or local accesses, whichever is more; AMD: registers),
         shared (bytes), warps; programs and occupancy: as occupancy.resident. Where there are logits also load_bits,
-        store_bits (of the accesses that move most bytes; 0: none), instructions_per_logit (AMD: vector ones alone) and
+        store_bits (of the accesses that logits take; 0: none), instructions_per_logit (AMD: vector ones alone) and
         special_per_logit (MUFU; AMD: transcendental): of the main loop on its shortest way, or of all without a loop.
     """
     target, warps = compiled.metadata.target, compiled.metadata.num_warps
@@ -113,7 +113,8 @@ def read_amd(text: str, logits: int = 0, stores: bool | None = None) -> dict[str
     def number(name: str) -> int:
         return max((int(n) for n in re.findall(rf"\.{name}:\s*(\d+)", text)), default=0)
 
-    ops, labels = [], {}
+    ops: list[str] = []
+    labels: dict[str, int] = {}
     for line in text.splitlines():
         if label := re.match(r"(\.L\w+):", line):
             labels[label[1]] = len(ops)
@@ -139,8 +140,8 @@ def _per_logit(
         return sum(bool(re.search(pattern, op)) for op in loop)
 
     return {
-        "load_bits": _width(loop, dialect.load, dialect.widths),
-        "store_bits": _width(loop, dialect.store, dialect.widths),
+        "load_bits": _width(loop, dialect.load, dialect.widths, logits),
+        "store_bits": _width(loop, dialect.store, dialect.widths, logits),
         "instructions_per_logit": round(count(dialect.counted) / logits, 2),
         "special_per_logit": round(count(dialect.special) / logits, 2),
     }
@@ -185,7 +186,8 @@ def _graph(code: Sequence[Instruction]) -> tuple[list[list[str]], list[list[int]
 
 def _shortest_cycle(start: int, blocks: list[list[str]], followers: list[list[int]]) -> list[str]:
     """The instructions on the shortest way from a block back to it (Dijkstra); [] if there is none."""
-    queue, seen = [(0, [n]) for n in followers[start]], set()
+    queue = [(0, [n]) for n in followers[start]]
+    seen: set[int] = set()
     while queue:
         length, path = heapq.heappop(queue)
         at = path[-1]
@@ -203,11 +205,11 @@ def _straight(code: Sequence[Instruction], end: str) -> list[str]:
     return [i.op for i in code[: max(n for n, i in enumerate(code) if end in i.op)]]
 
 
-def _width(ops: list[str], kind: str, widths: dict[str, int]) -> int:
-    """Bits of the accesses that move most bytes; 0: none."""
+def _width(ops: list[str], kind: str, widths: dict[str, int], logits: int) -> int:
+    """Bits of the accesses that logits take: the widest that move 2 bytes of each. 0: none do."""
     moved: Counter[int] = Counter()
     for op in ops:
         if name := re.search(rf"{kind}\S*", op):
             bits = next(bits for pattern, bits in widths.items() if re.search(pattern, name[0]))
             moved[bits] += bits
-    return max(moved, key=moved.__getitem__, default=0)
+    return max((bits for bits, total in moved.items() if total >= 16 * logits), default=0)
