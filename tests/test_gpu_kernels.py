@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import mmap
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -19,8 +17,7 @@ from fastdpo.options import Transform
 if isinstance(load("triton"), str):
     pytest.skip(f"triton: {load('triton')}", allow_module_level=True)
 
-from triton.runtime.interpreter import InterpreterBuilder
-
+from benchmarks.gpu_bytes import counted
 from fastdpo import gpu
 
 STATS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
@@ -220,69 +217,49 @@ def test_more_than_2_31_logits() -> None:
 # --- bytes and programs ----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def moved(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
-    """Bytes that the kernels load and store, counted in the interpreter."""
-    count = {"load": 0, "store": 0}
-
-    def counted(name: str, kind: str, value: int | None, mask: int | None) -> None:
-        original = getattr(InterpreterBuilder, name)
-
-        def wrapper(self: Any, *args: Any) -> Any:
-            result = original(self, *args)
-            # A plain load or store calls the masked one
-            if mask is not None:
-                item = (result if value is None else args[value]).data.itemsize
-                count[kind] += int(args[mask].data.sum()) * item
-            return result
-
-        monkeypatch.setattr(InterpreterBuilder, name, wrapper)
-
-    counted("create_masked_load", "load", None, 1)
-    counted("create_masked_store", "store", 1, 2)
-    return count
-
-
 @pytest.mark.parametrize("rows", [2, 9], ids=["split", "whole"])
-def test_bytes_moved(moved: dict[str, int], rows: int) -> None:
+def test_bytes_moved(rows: int) -> None:
     """Each logit is read once forward; read once and written once backward; an ignored row is not read."""
     vocab = 20011
     logits, targets = torch.randn(1, rows, vocab).half(), torch.randint(0, vocab, (rows,))
-    results = gpu.row_forward(logits, targets, Transform(), STATS)
-    assert 2 * rows * vocab <= moved["load"] <= 2.02 * rows * vocab
-    moved.update(load=0, store=0)
+    with counted() as moved:
+        results = gpu.row_forward(logits, targets, Transform(), STATS)
+    assert 2 * rows * vocab <= moved.loaded.total() <= 2.02 * rows * vocab
     g = torch.ones(rows)
-    gpu.row_backward(logits, targets, *results[:3], g, g, Transform(), 0, logits)
-    assert moved["store"] == 2 * rows * vocab
-    assert 2 * rows * vocab <= moved["load"] <= 2.02 * rows * vocab
+    with counted() as moved:
+        gpu.row_backward(logits, targets, *results[:3], g, g, Transform(), 0, logits)
+    assert moved.stored.total() == 2 * rows * vocab
+    assert 2 * rows * vocab <= moved.loaded.total() <= 2.02 * rows * vocab
 
     ignored = torch.full_like(targets, -1)
-    moved.update(load=0, store=0)
-    results = gpu.row_forward(logits, ignored, Transform(), STATS)
-    gpu.row_backward(logits, ignored, *results[:3], g, g, Transform(), 0, logits)
-    assert moved["load"] < 1000
-    assert moved["store"] <= 2.02 * rows * vocab
+    with counted() as moved:
+        results = gpu.row_forward(logits, ignored, Transform(), STATS)
+        gpu.row_backward(logits, ignored, *results[:3], g, g, Transform(), 0, logits)
+    assert moved.loaded.total() < 1000
+    assert moved.stored.total() <= 2.02 * rows * vocab
     assert not logits.any()
     assert not any(r.any() for r in results)
 
 
 @pytest.mark.parametrize("vocab", [2048, 2051], ids=["aligned", "odd"])
-def test_bytes_moved_by_compaction(moved: dict[str, int], vocab: int) -> None:
+def test_bytes_moved_by_compaction(vocab: int) -> None:
     """Mass: each logit once. P: the kept ones alone, each P once; D: P once in, once out."""
     logits, targets, logps, lse = tile(32, vocab, PLAIN, torch.float16)
     logps, lse = logps.float(), lse.float()
-    gpu.column_mass(logits, lse, PLAIN)
-    assert 2 * 32 * vocab <= moved["load"] <= 2.1 * 32 * vocab
-    assert moved["store"] <= 4 * 8 * vocab  # eight splits where V is odd
+    with counted() as moved:
+        gpu.column_mass(logits, lse, PLAIN)
+    assert 2 * 32 * vocab <= moved.loaded.total() <= 2.1 * 32 * vocab
+    assert moved.stored.total() <= 4 * 8 * vocab  # eight splits where V is odd
     columns = torch.randperm(vocab)[:100].sort().values.int()
-    moved.update(load=0, store=0)
-    probs, _ = gpu.column_probs(logits, lse, columns, PLAIN)
-    assert 2 * 32 * 100 <= moved["load"] <= 2 * 32 * 100 + 4 * (100 + 4 * 32)
-    assert moved["store"] <= 2 * 32 * 100 + 4 * 8 * 32
-    moved.update(load=0, store=0)
-    gpu.compact_gradient(probs, columns, targets, logps, lse, torch.ones(32), PLAIN)
-    assert 2 * 32 * 100 <= moved["load"] <= 2 * 32 * 100 + 4 * 100 + 7 * 16 * 32
-    assert moved["store"] == 2 * 32 * 100
+    with counted() as moved:
+        probs, _ = gpu.column_probs(logits, lse, columns, PLAIN)
+    assert moved.loaded["logits"] == moved.stored["probs"] == 2 * 32 * 100
+    assert moved.loaded.total() <= 2 * 32 * 100 + 4 * (100 + 4 * 32)
+    assert moved.stored.total() <= 2 * 32 * 100 + 4 * 8 * 32
+    with counted() as moved:
+        gpu.compact_gradient(probs, columns, targets, logps, lse, torch.ones(32), PLAIN)
+    assert moved.loaded["probs"] == moved.stored["gradient"] == moved.stored.total() == 2 * 32 * 100
+    assert moved.loaded.total() <= 2 * 32 * 100 + 4 * 100 + 7 * 16 * 32
 
 
 def test_grid_covers_every_column_once() -> None:

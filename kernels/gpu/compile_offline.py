@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import launch
+from . import launch, machine_code
 from .column_mass import column_mass_kernel
 from .column_probs import column_probs_kernel
 from .compact_gradient import compact_gradient_kernel
@@ -58,9 +55,9 @@ _POINTERS = {"targets": "*i64", "bounds": "*i64", "is_top1": "*i8", "columns": "
 # Torch's own new memory, which Triton sees to lie on 16 bytes when it compiles at the launch
 _ALIGNED = ("probs", "gradient")
 
-_NO_STATS = dict.fromkeys(("entropy", "mean_logits", "is_top1", "log_sum_sq_probs"))
 _BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-_FLAGS = ("ENTROPY", "MEAN", "TOP1", "SQUARES")
+_FLAGS = {"ENTROPY": "entropy", "MEAN": "mean_logits", "TOP1": "is_top1", "SQUARES": "log_sum_sq_probs"}
+_ALL = tuple(_FLAGS)
 
 
 class Case(NamedTuple):
@@ -70,9 +67,10 @@ class Case(NamedTuple):
     warps: int = launch.WARPS
 
 
-def _forward(kind: Any = IDENTITY, stats: bool = False, peel: bool = False, split: bool = False) -> Case:
-    none = ({} if stats else _NO_STATS) | ({} if split else {"partials": None})
-    constants = {**none, **dict.fromkeys(_FLAGS, stats), "KIND": kind, "PEEL": peel}
+def _forward(kind: Any = IDENTITY, stats: tuple[str, ...] = (), peel: bool = False, split: bool = False) -> Case:
+    none = dict.fromkeys(name for flag, name in _FLAGS.items() if flag not in stats)
+    none |= {} if split else {"partials": None}
+    constants = {**none, **{flag: flag in stats for flag in _FLAGS}, "KIND": kind, "PEEL": peel}
     return Case(row_forward_kernel, constants, launch.block_shape)
 
 
@@ -103,9 +101,10 @@ CASES = {
     "forward, odd V": _forward(peel=True),
     "forward, scale": _forward(SCALE),
     "forward, softcap": _forward(SOFTCAP),
-    "forward, all stats": _forward(stats=True),
-    "forward, all stats, odd V, split": _forward(stats=True, peel=True, split=True),
-    "forward, all stats, softcap, odd V": _forward(SOFTCAP, stats=True, peel=True),
+    "forward, DPO metrics": _forward(stats=_ALL[:3]),  # what TRL's DPO trainer asks for
+    "forward, all stats": _forward(stats=_ALL),
+    "forward, all stats, odd V, split": _forward(stats=_ALL, peel=True, split=True),
+    "forward, all stats, softcap, odd V": _forward(SOFTCAP, stats=_ALL, peel=True),
     "backward": _backward(),
     "backward, odd V": _backward(peel=True),
     "backward, scale": _backward(SCALE),
@@ -158,18 +157,14 @@ def _type(name: str, dtype: str) -> str:
 
 
 def measure(case: Case, target: GPUTarget, dtype: str = "bf16") -> dict[str, Any]:
-    """registers, spills, shared; where there are logits (or their P): widest_load, widest_store (bits) and, on NVIDIA,
-    instructions_per_logit: of the main loop, without the branch that only the target's block takes, or of all."""
+    """As machine_code.read."""
     compiled = compile_kernel(case, target, dtype)
-    found = {"shared": compiled.metadata.shared}
     shape = _shape(case, target, dtype)
+    block = shape.get("BLOCK") or shape.get("COLS", 0) * shape.get("ROWS", shape.get("TOKENS", 0))
+    found = machine_code.read(compiled, block)
     if case.kernel is column_probs_kernel:
         found["lanes_along_columns"] = _lanes_along_columns(compiled, shape)
-    if target.backend == "hip":
-        return found | _read_amd(compiled, bool(shape))
-    threads = case.warps * target.warp_size
-    block = shape.get("BLOCK") or shape.get("COLS", 0) * shape.get("ROWS", shape.get("TOKENS", 0))
-    return found | _read_nvidia(compiled, block // threads)
+    return found
 
 
 def _lanes_along_columns(compiled: Any, shape: dict[str, int]) -> int:
@@ -178,99 +173,6 @@ def _lanes_along_columns(compiled: Any, shape: dict[str, int]) -> int:
     (name,) = set(re.findall(rf"tt\.load .*tensor<{shape['TOKENS']}x{shape['COLS']}x.*?(#\w+)>", text))
     layout = re.search(rf"^{name} = .*sizePerThread = \[1, 1\], threadsPerWarp = \[\d+, (\d+)\]", text, re.M)
     return int(layout[1]) if layout else 0
-
-
-# --- NVIDIA ----------------------------------------------------------------------------------------------------------
-
-
-def sass(compiled: Any) -> str:
-    """The machine code's disassembly, resource usage first."""
-    tool = os.path.join(triton.__path__[0], "backends", "nvidia", "bin", "cuobjdump")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        command = [tool, "-sass", "-res-usage", file.name]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return done.stderr + done.stdout
-
-
-def _read_nvidia(compiled: Any, logits: int) -> dict[str, Any]:
-    """logits: that a thread holds at once; 0: the kernel has none."""
-    text = sass(compiled)
-    registers = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    assert registers, "cuobjdump printed no resource usage"
-    instructions = [(int(at, 16), op) for at, op in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*?)\s*;", text)]
-    local = sum("LDL" in op or "STL" in op for _, op in instructions)
-    found: dict[str, Any] = {"registers": int(registers[1]), "spills": max(int(registers[2]), local)}
-    if logits:
-        loop = _main_loop(instructions) or _straight(instructions)
-        found |= {
-            "widest_load": _widest(loop, "LDG.E"),
-            "widest_store": _widest(loop, "STG.E"),
-            "instructions_per_logit": round(len(loop) / logits, 2),  # a thread's
-        }
-    return found
-
-
-def _main_loop(instructions: list[tuple[int, str]]) -> list[str]:
-    """The loop that loads most from global memory, in the widest loads if there are several, as the blocks without the
-    target run it: where a forward branch inside it may be taken, it is."""
-    best: list[str] = []
-    for at, op in instructions:
-        branch = re.search(r"BRA(?:\.\w+)*\s+(?:!?U?P\w+,\s*)?(0x[0-9a-f]+)", op)
-        if branch and int(branch[1], 16) < at:
-            body = [(a, o) for a, o in instructions if int(branch[1], 16) <= a <= at]
-            taken = _taken(body)
-            best = max(best, taken, key=_loads)
-    return best
-
-
-def _loads(ops: list[str]) -> tuple[int, int]:
-    """Loads from global memory: the widest, and all."""
-    loads = [op for op in ops if "LDG" in op]
-    return sum(".128" in op for op in loads), len(loads)
-
-
-def _straight(instructions: list[tuple[int, str]]) -> list[str]:
-    """All of a kernel without a loop: what follows the last exit is padding."""
-    ops = [op for _, op in instructions]
-    return ops[: max(i for i, op in enumerate(ops) if "EXIT" in op)]
-
-
-def _taken(body: list[tuple[int, str]]) -> list[str]:
-    path, skip_to = [], 0
-    for at, op in body:
-        if at < skip_to:
-            continue
-        path.append(op)
-        branch = re.search(r"BRA(?:\.\w+)*\s+(?:!?U?P\w+,\s*)?(0x[0-9a-f]+)", op)
-        if branch and at < int(branch[1], 16) <= body[-1][0]:
-            skip_to = int(branch[1], 16)
-    return path
-
-
-def _widest(ops: list[str], kind: str) -> int:
-    names = [word for op in ops for word in op.split() if word.startswith(kind)]
-    bits = {".128": 128, ".64": 64, ".U16": 16, ".U8": 8}
-    return max((next((b for suffix, b in bits.items() if suffix in n), 32) for n in names), default=0)
-
-
-# --- AMD -------------------------------------------------------------------------------------------------------------
-
-
-def _read_amd(compiled: Any, logits: bool) -> dict[str, Any]:
-    text = compiled.asm["amdgcn"]
-
-    def number(name: str) -> int:
-        return max((int(n) for n in re.findall(rf"\.{name}:\s*(\d+)", text)), default=0)
-
-    found = {"registers": number("vgpr_count"), "spills": number("vgpr_spill_count") + number("sgpr_spill_count")}
-    if logits:
-        widths = {"dwordx4": 128, "dwordx2": 64, "dword ": 32, "short": 16, "ushort": 16}
-        for key, kind in (("widest_load", "load"), ("widest_store", "store")):
-            names = re.findall(rf"(?:global|buffer)_{kind}_(\w+ )", text)
-            found[key] = max((bits for n in names for w, bits in widths.items() if n.startswith(w.strip())), default=0)
-    return found
 
 
 def main() -> None:
