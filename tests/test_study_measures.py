@@ -249,3 +249,9 @@ def test_a_reward_model(tmp_path: Path) -> None:
     LlamaForSequenceClassification(settings).save_pretrained(tmp_path)
     with pytest.raises(StudyError, match="has 2 outputs"):
         scorer.load(str(tmp_path))(["p"], ["a"], [{}])
+
+
+def test_what_is_not_finite_is_none() -> None:
+    from fastdpo.study.training import finite
+
+    assert [finite(x) for x in (1, 0.5, None, float("nan"), float("-inf"))] == [1.0, 0.5, None, None, None]

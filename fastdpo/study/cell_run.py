@@ -26,7 +26,7 @@ from .config import START, ReferencePolicy, StudyConfig, of_study, opened
 from .measures import Measures, PairLogps
 from .results import read_json
 from .sampling import Answer, sample
-from .training import arguments, trained
+from .training import arguments, finite, trained
 
 _BATCH = 16  # sequences that are scored at once
 
@@ -176,9 +176,10 @@ class Lab:
         found = self._on_pairs(model, cell, without)
         answers, of_answers = self._sampled(model, self.tokenizer, self.held_out, cell.seed, cell)
         found |= of_answers | self._kl(model, answers, cell, without)
-        found = self._with_quality(found)
+        measured = self._with_quality(found)
+        found = {name: finite(value) for name, value in measured.items()}
         reasons = degenerate.reasons(found, read_json(self.folder / "references" / f"{START}.json")["measures"])
-        if any(one["loss"] is None for one in curves):
+        if any(one["loss"] is None for one in curves) or found != measured:
             reasons.append(degenerate.NOT_FINITE)
         return found, reasons
 

@@ -44,8 +44,7 @@ def build(kind: type[T], given: Any, where: str = "") -> T:
 def _value(hint: Any, value: Any, where: str) -> Any:
     """A value as its field holds it. Numbers are left to the dataclass."""
     if dataclasses.is_dataclass(hint):
-        nested: Any = hint
-        return build(nested, value, where)
+        return build(hint, value, where)  # type: ignore[arg-type]
     if get_origin(hint) is tuple:
         item = get_args(hint)[0]
         items = value if isinstance(value, (list, tuple)) else [value]

@@ -78,7 +78,7 @@ def trained(trainer_class: Any, args: Any, config: StudyConfig, tokenizer: Any, 
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     logged = [one for one in recorder.records if "loss" in one]
-    return trainer, [{"step": one["step"], **{name: _finite(one.get(name)) for name in CURVES}} for one in logged]
+    return trainer, [{"step": one["step"], **{name: finite(one.get(name)) for name in CURVES}} for one in logged]
 
 
 def _peft_config(config: StudyConfig) -> Any:
@@ -93,5 +93,6 @@ def _peft_config(config: StudyConfig) -> Any:
         raise StudyError(f"peft: {error}") from None
 
 
-def _finite(value: Any) -> float | None:
+def finite(value: Any) -> float | None:
+    """A number as JSON can hold it; None for none, and for what is not finite."""
     return float(value) if value is not None and math.isfinite(value) else None
