@@ -135,9 +135,12 @@ def _ahead(found: dict[str, Any]) -> str:
 
 
 def _bytes(found: dict[str, Any]) -> str:
-    header = ["contender", "pass", "V", "logits loaded", "stored", "other loaded", "stored", "sum"]
-    keys = ("loaded", "stored", "other_loaded", "other_stored", "bytes")
-    rows = [[r["contender"], r["pass"], f"{r['vocab']:,}", *(f"{r[key]:.3f}" for key in keys)] for r in found["bytes"]]
+    header = ["contender", "pass", "V", "logits loaded", "in sectors", "stored", "other loaded", "stored", "sum"]
+    keys = ("loaded", "sectors", "stored", "other_loaded", "other_stored", "bytes")
+    rows = [
+        [r["contender"], r["pass"], f"{r['vocab']:,}", *(f"{r[key]:.3f}" if key in r else "" for key in keys)]
+        for r in found["bytes"]
+    ]
     return _table(header, rows)
 
 

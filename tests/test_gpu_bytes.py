@@ -18,6 +18,7 @@ pytest.importorskip("matplotlib")
 import triton.language as tl  # noqa: E402
 
 from benchmarks import gpu_bytes, gpu_report, gpu_roofline  # noqa: E402
+from benchmarks.gpu_counter import counted  # noqa: E402
 from benchmarks.gpu_peers import PEERS  # noqa: E402
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -35,7 +36,7 @@ def test_the_counter_counts_lanes_that_are_not_masked_off() -> None:
     """37 halves loaded, twice the first one; 19 floats stored. In sectors: 32 + 5 halves are 64 + 10 bytes, two and
     one; and one for each first."""
     source, sink = torch.arange(100).half(), torch.full((100,), -1.0)
-    with gpu_bytes.counted(sectors=True) as moved:
+    with counted(sectors=True) as moved:
         every_other[(2,)](source, sink, 37, BLOCK=32)
     assert moved.loaded == {"source": 37 * 2 + 2 * 2}
     assert moved.stored == {"sink": 19 * 4}

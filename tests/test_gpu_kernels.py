@@ -17,7 +17,7 @@ from fastdpo.options import Transform
 if isinstance(load("triton"), str):
     pytest.skip(f"triton: {load('triton')}", allow_module_level=True)
 
-from benchmarks.gpu_bytes import counted
+from benchmarks.gpu_counter import counted
 from fastdpo import gpu
 
 STATS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
