@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -90,7 +91,8 @@ def bench(options: argparse.Namespace) -> dict[str, Any]:
     summary = report.sentence(outcomes, left_out)
     print(f"\n{report.table(outcomes, tokens, left_out)}")
     print(
-        f"time: medians of {rounds} rounds, all in turn; forward product alone: {report.duration(product * tokens)}\n"
+        f"time: medians of {rounds} round{'s' * (rounds > 1)}, all in turn; "
+        f"the forward product alone: {report.duration(product * tokens)}\n"
         "peak memory: above inputs and returned gradients, "
         + ("of torch's allocator" if gpu else "each in a process of its own")
     )
@@ -100,7 +102,7 @@ def bench(options: argparse.Namespace) -> dict[str, Any]:
     for note in work.notes:
         print(f"note: {note}")
     output: Path = options.output
-    draw(outcomes, f"{what}; {work.words.split(':')[0]}\n{on}", output / "bench.png")
+    draw(outcomes, f"{what}\n{textwrap.fill(work.words, 150)}\n{on}", output / "bench.png")
     found = {
         "machine": on,
         "versions": _versions(),
@@ -117,7 +119,7 @@ def bench(options: argparse.Namespace) -> dict[str, Any]:
         "summary": summary,
     }
     (output / "bench.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(f"\n{output / 'bench.png'}, {output / 'bench.json'}\n\n{summary}")
+    print(f"\n{output / 'bench.png'}, {output / 'bench.json'}\n\n{textwrap.fill(summary, report.WIDTH)}")
     return found
 
 

@@ -68,7 +68,7 @@ def table(outcomes: Mapping[Entry, Outcome], tokens: int, left_out: Mapping[str,
         line += f"{outcome.mib / first.mib:>7.0%}" if first and first.mib else f"{'':7}"
         line += f"{tokens / outcome.seconds:>11,.0f}"
         if first and first.seconds and first.mib and entry != base:
-            line += f"  {duration(first.seconds - outcome.seconds)}, {first.mib - outcome.mib:,.0f} MiB"
+            line += f"  {duration(first.seconds - outcome.seconds)}, {round(first.mib - outcome.mib):,} MiB"
         lines.append(line)
     if base is not None:
         lines.append(f"faster, of it, saved: against {title(base, outcomes)}")
@@ -112,8 +112,8 @@ def sentence(outcomes: Mapping[Entry, Outcome], left_out: Mapping[str, str]) -> 
     kinds = list(shares)
     text = f"On this machine fastdpo's head takes {shares[kinds[0]]} of {than}"
     if len(kinds) > 1:
-        text += f" where the softmax is {kinds[0]}, as a trained model's is,"
-        text += f"\nand {shares[kinds[1]]} where it is {kinds[1]}"
+        text += f" where the softmax is {kinds[0]}, as a trained model's is, "
+        text += f"and {shares[kinds[1]]} where it is {kinds[1]}"
     missing = next((name for name in BASELINES if name in left_out or _failed(name, outcomes)), None)
     if missing == "TRL 1.16":
         text += "; TRL's was not measured, as said above"
