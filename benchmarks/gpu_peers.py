@@ -11,10 +11,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import triton
+from fastdpo.gpu import machine_code
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-from fastdpo.gpu import machine_code
 
 TRL_CHUNK = 32768  # columns a tile, of trl.trainer.utils
 TRL_BLOCK = 1024

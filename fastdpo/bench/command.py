@@ -24,12 +24,10 @@ from . import report
 from .arguments import DTYPES, device_of, head_of, parser
 from .isolated import LOADING, Contender
 from .measure import machine
-from .providers import PROVIDERS, Batch
+from .providers import PACKAGES, PROVIDERS, Batch
 from .race import Entry, Here, Runner, product_seconds, race
 from .work import Work, work_of
 
-# Beyond PyTorch and fastdpo: the package of a contender
-PACKAGES = {"TRL 1.16": "trl", "Liger": "liger-kernel", "CCE": "cut-cross-entropy"}
 DEFAULT = tuple(name for name in PROVIDERS if name != "fastdpo exact, kept")
 # Whose cost depends on how peaked the softmax is. CCE skips blocks of small gradients in its Triton kernels alone
 PEAKED_MATTERS = {"cpu": ("fastdpo",), "cuda": ("fastdpo", "CCE")}

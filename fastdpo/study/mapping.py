@@ -49,7 +49,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         item = get_args(hint)[0]
         items = value if isinstance(value, (list, tuple)) else [value]
         if dataclasses.is_dataclass(item):
-            return tuple(build(item, one, f"{where}.{i}") for i, one in enumerate(items))
+            return tuple(build(item, one, f"{where}.{i}") for i, one in enumerate(items))  # type: ignore[arg-type]
         wanted = (int, float) if item is float else item
         if not items or any(not isinstance(one, wanted) or isinstance(one, bool) for one in items):
             raise StudyError(f"{where}: expected a list of {item.__name__}, got {value!r}")
