@@ -7,10 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..cache import CacheError
 from . import results, runner
 from .config import read
-from .errors import StudyError
 
 EXAMPLE = """\
 # fastdpo study config.yaml --output DIR
@@ -79,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nfastdpo study: stopped; the same command goes on where it was", file=sys.stderr)
         return 130
-    except (StudyError, CacheError, OSError, ValueError, TypeError) as error:
+    except (ValueError, OSError) as error:  # StudyError, CacheError, DataError
         print(f"fastdpo study: {error}", file=sys.stderr)
         return 1
 

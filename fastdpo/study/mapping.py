@@ -43,13 +43,13 @@ def build(kind: type[T], given: Any, where: str = "") -> T:
 
 def _value(hint: Any, value: Any, where: str) -> Any:
     """A value as its field holds it. Numbers are left to the dataclass."""
-    if dataclasses.is_dataclass(hint):
-        return build(hint, value, where)  # type: ignore[arg-type]
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return build(hint, value, where)
     if get_origin(hint) is tuple:
         item = get_args(hint)[0]
         items = value if isinstance(value, (list, tuple)) else [value]
-        if dataclasses.is_dataclass(item):
-            return tuple(build(item, one, f"{where}.{i}") for i, one in enumerate(items))  # type: ignore[arg-type]
+        if isinstance(item, type) and dataclasses.is_dataclass(item):
+            return tuple(build(item, one, f"{where}.{i}") for i, one in enumerate(items))
         wanted = (int, float) if item is float else item
         if not items or any(not isinstance(one, wanted) or isinstance(one, bool) for one in items):
             raise StudyError(f"{where}: expected a list of {item.__name__}, got {value!r}")
