@@ -43,6 +43,14 @@ class FastDPOArguments:
     reference: str | None = field(
         default=None, metadata={"help": "Name of the reference in --reference_cache; default: the only one."}
     )
+    parameterization: str = field(
+        default="ratio",
+        metadata={
+            "help": "The reward (arXiv 2407.13709): ratio, DPO's; posterior, without a reference; likelihood, with the "
+            "reference's logps of completions alone, from a --reference_cache built with --prior.",
+            "choices": ["ratio", "posterior", "likelihood"],
+        },
+    )
     shared_prompt: bool = field(
         default=False,
         metadata={"help": "Run each prompt once for both completions; --padding_free alone spares the padding only."},
@@ -111,6 +119,8 @@ def run(own: FastDPOArguments, script: Any, config: Any, model: Any, mixture: An
     if own.trainer == "trl" and (own.shared_prompt or config.padding_free):
         option = "shared_prompt" if own.shared_prompt else "padding_free"
         raise DataError(f"--{option}: only FastDPOTrainer knows it, not --trainer trl")
+    if own.trainer == "trl" and own.parameterization != "ratio":
+        raise DataError(f"--parameterization {own.parameterization}: only FastDPOTrainer knows it, not --trainer trl")
     for name in config.loss_type:
         if name not in TRL_LOSSES:  # TRL finds out at the first step
             raise DataError(
@@ -139,7 +149,7 @@ def run(own: FastDPOArguments, script: Any, config: Any, model: Any, mixture: An
     further: dict[str, Any] = {}
     if own.trainer == "fastdpo":
         further = {"reference_cache": own.reference_cache, "reference": own.reference}
-        further["shared_prompt"] = own.shared_prompt
+        further |= {"shared_prompt": own.shared_prompt, "parameterization": own.parameterization}
     try:
         trainer = trainer_class(
             model=model.model_name_or_path,

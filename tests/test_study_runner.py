@@ -7,7 +7,6 @@ import random
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -171,16 +170,18 @@ def test_failed_cells_are_named_and_tried_again(world, tmp_path, capsys, monkeyp
     assert [cell.status for cell in results.load(tmp_path / "DIR").cells] == ["done", "done"]
 
 
-def test_pages_are_of_the_best_cell(unbroken, monkeypatch):
-    written: dict[str, Any] = {}
-    report = SimpleNamespace(write=lambda folder: folder / "report.html")
-    view = SimpleNamespace(write=lambda path, rows, title: written.update(path=path, rows=rows, title=title))
-    for name, module in (("report", report), ("token_view", view)):
-        monkeypatch.setitem(sys.modules, f"fastdpo.study.{name}", module)
-        monkeypatch.setattr(f"fastdpo.study.{name}", module, raising=False)
-    assert command.write_pages(unbroken) == unbroken / "report.html"
-    assert written["path"] == unbroken / "tokens.html" and len(written["rows"]) == 2
-    assert written["title"] == results.best(results.load(unbroken)).id
+def test_pages_are_of_the_best_cell_or_the_one_asked_for(unbroken, capsys):
+    """tokens.html names its cell."""
+    pages = {}
+    other = next(cell.id for cell in results.load(unbroken).cells if cell != results.best(results.load(unbroken)))
+    for cell, words in ((results.best(results.load(unbroken)).id, []), (other, ["--tokens", other])):
+        assert cli.main(["study", "--report", str(unbroken), *words]) == 0
+        assert capsys.readouterr().out.strip() == str(unbroken / "report.html")
+        pages[cell] = (unbroken / "tokens.html").read_text(encoding="utf-8")
+        assert cell in pages[cell]
+    assert len(pages) == len(set(pages.values())) == 2
+    assert cli.main(["study", "--report", str(unbroken), "--tokens", "nope"]) == 1
+    assert "nope:" in capsys.readouterr().err
 
 
 def test_errors_are_one_line(tmp_path, capsys):

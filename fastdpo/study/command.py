@@ -94,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--demo", action="store_true", help="a small model and task, made in DIR/demo; needs no config")
     parser.add_argument("--print-config", action="store_true", help="a commented config, to start from")
     parser.add_argument("--report", type=Path, metavar="DIR", help="write the report of a study folder again")
+    parser.add_argument("--tokens", metavar="CELL", help="with --report: tokens.html of this cell, not of the best one")
     parser.add_argument("--cost", type=Path, metavar="DIR", help="time some cells of a study as runs of TRL alone")
     parser.add_argument("--cells", type=int, default=4, help="how many, with --cost (4)")
     parser.add_argument("--probe", action="store_true", help="what a reference would do to a run, before any training")
@@ -109,9 +110,11 @@ def _run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
         print(cost.measure(arguments.cost, arguments.cells))
         return 0
+    if arguments.tokens is not None and arguments.report is None:
+        parser.error(f"--tokens {arguments.tokens}: expected --report DIR with it")
     if arguments.report is not None:
         results.write(arguments.report)
-        print(write_pages(arguments.report))
+        print(write_pages(arguments.report, arguments.tokens))
         return 0
     if arguments.output is None or arguments.demo == (arguments.config is not None):
         parser.error("expected CONFIG --output DIR, or --demo --output DIR")
@@ -132,14 +135,18 @@ def _run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     return 1 if failed else 0
 
 
-def write_pages(folder: Path) -> Path:
-    """The token page of the best cell, and the report; returns the report's file."""
+def write_pages(folder: Path, cell_id: str | None = None) -> Path:
+    """The token page of a cell (None: the best one), and the report; returns the report's file.
+
+    Raises:
+        StudyError: no such cell, or it is not done.
+    """
     from . import report, token_view
 
-    study = results.load(folder)
-    cell = results.best(study)
-    if cell is not None:
-        token_view.write(folder / "tokens.html", results.load_tokens(folder, cell.id), cell.id)
+    best = results.best(results.load(folder)) if cell_id is None else None
+    cell_id = best.id if best is not None else cell_id
+    if cell_id is not None:
+        token_view.of_study(folder, cell_id, folder / "tokens.html")
     return report.write(folder)
 
 
