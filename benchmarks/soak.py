@@ -6,7 +6,8 @@ The demo's model and task, float32, the same seed through TRL's DPOTrainer and t
 of its own. Resident memory of the steps' ends: its slope over the second half of the run, MiB per 1,000 steps. Drift:
 the distance of both runs' weights, relative to how far they have moved; and of their losses. Rounding differs, and
 training amplifies it, so a third run is the yardstick: TRL with its loss computed in chunks of another size.
-DIR/soak.json, DIR/soak.png. Exit code 1: memory grows, or fastdpo is further from TRL than twice what TRL is from itself.
+DIR/soak.json, DIR/soak.png. Exit code 1: memory grows, or fastdpo is further from TRL than twice what TRL is from
+itself.
 """
 
 from __future__ import annotations
