@@ -1,0 +1,95 @@
+"""Nothing is unpickled, no code of a model runs unasked, and what a cache says of paths stays inside it."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FORBIDDEN = ("pickle.load", "pickle.loads", "yaml.unsafe_load", "yaml.full_load", "eval", "exec")
+SOURCES = sorted([*(ROOT / "fastdpo").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
+
+
+def calls() -> Iterator[tuple[str, str, ast.Call]]:
+    """(file, dotted name of the function, call) of every call in the package."""
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                yield str(path.relative_to(ROOT)), ast.unparse(node.func), node
+
+
+def keyword(call: ast.Call, name: str) -> str | None:
+    return next((ast.unparse(one.value) for one in call.keywords if one.arg == name), None)
+
+
+def test_nothing_is_unpickled() -> None:
+    for file, name, call in calls():
+        if name == "torch.load":
+            assert keyword(call, "weights_only") == "True", file
+        if name in ("np.load", "numpy.load"):
+            assert keyword(call, "allow_pickle") in (None, "False"), file
+        assert name not in ("pickle.load", "pickle.loads", "yaml.load", "yaml.unsafe_load", "eval", "exec"), (
+            file,
+            name,
+        )
+    imported = {
+        alias.name
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    }
+    assert not imported & {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+
+
+def test_the_loader_of_a_config_is_a_safe_one(tmp_path: Path) -> None:
+    pytest.importorskip("yaml")
+    from fastdpo.study.config import read
+    from fastdpo.study.errors import StudyError
+
+    (tmp_path / "config.yaml").write_text(f"policy: !!python/object/apply:os.mkdir ['{tmp_path / 'made'}']\n")
+    with pytest.raises(StudyError):
+        read(tmp_path / "config.yaml")
+    assert not (tmp_path / "made").exists()
+
+
+def test_no_code_of_a_model_runs_unasked() -> None:
+    assert [file for file, _, call in calls() if keyword(call, "trust_remote_code") == "True"] == []
+    pytest.importorskip("pyarrow")
+    pytest.importorskip("yaml")
+    from fastdpo.cache import ReferenceModel
+    from fastdpo.study.config import StudyConfig
+
+    for one in (ReferenceModel, StudyConfig):
+        assert inspect.signature(one).parameters["trust_remote_code"].default is False
+
+
+@pytest.mark.parametrize("name", ["../out", "a/b", "/etc/passwd", "..", "", "a\\b", "a\0b"])
+def test_a_references_name_is_no_path(name: str) -> None:
+    pytest.importorskip("pyarrow")
+    from fastdpo.cache import CacheError
+    from fastdpo.cache.manifest import check_name
+
+    with pytest.raises(CacheError, match="name"):
+        check_name(name)
+
+
+def test_a_manifest_cannot_lead_out_of_its_folder(tmp_path: Path) -> None:
+    """A reference's id is a hash of what it says, so no id can be written that is a path."""
+    kit = pytest.importorskip("cache_kit")
+    from fastdpo.cache import CacheError, ReferenceCache
+
+    folder = kit.save_model(tmp_path / "model")
+    cache = ReferenceCache(tmp_path / "refs")
+    cache.build(folder, kit.tokenizer_of(folder), kit.rows(2), name="one", progress=False)
+    path = tmp_path / "refs" / "references" / "one.json"
+    identity = cache.reference("one").id
+    text = path.read_text(encoding="utf-8")
+    assert identity in text
+    path.write_text(text.replace(identity, "../../elsewhere"), encoding="utf-8")
+    with pytest.raises(CacheError):
+        ReferenceCache(tmp_path / "refs").reference("one")
