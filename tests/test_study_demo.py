@@ -44,7 +44,7 @@ def test_the_demo_is_a_study(demo: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     study = runner.settle(found, demo.parent)
     assert study["policy"] == "demo/start", "the folder can be moved"
     every = runs(study)
-    assert len(every) == len(found.betas) * 3 * 3 * 2
+    assert len(every) == len(found.betas) * 3 * 3 * len(found.seeds)
     # made already: nothing is made again
     monkeypatch.setattr(demo_study, "worker", None)
     before = (demo / "config.yaml").read_text()

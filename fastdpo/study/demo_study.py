@@ -53,7 +53,7 @@ references:
 betas: [0.03, 0.3, 1, 3, 30, 300]
 parameterizations: [ratio, posterior, likelihood]
 loss_types: [sigmoid]
-seeds: [0, 1]
+seeds: [0, 1, 2, 3]
 training:
   learning_rate: 2e-4
   lr_scheduler_type: constant_with_warmup

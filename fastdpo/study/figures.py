@@ -16,6 +16,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator
 
 from ..plots import BLUE, GREEN, GREY, ORANGE, STYLE
 from . import summary, wording
@@ -287,6 +288,8 @@ def _curves(found: Sequence[Group], key: str, title: str) -> _Drawn:
             panels[place].xaxis.get_major_locator().set_params(integer=True)
         if key == "rewards/margins":
             panels[0, 0].set_yscale("symlog", linthresh=0.1)
+            decades = [10.0**power for power in range(0, 13, 2)]  # a label at each would lie on the next one
+            panels[0, 0].yaxis.set_major_locator(FixedLocator([*(-one for one in reversed(decades)), 0, *decades]))
             if min(min(values) for _, (_, values) in lines) > -1e-3:  # but for rounding
                 panels[0, 0].set_ylim(bottom=0)
         for place in set(np.ndindex(rows, columns)) - set(places.values()):
