@@ -19,6 +19,7 @@ from .errors import StudyError
 from .results import CellResult, read_json, write_json
 
 _MOST_DIFFERENCE = 1e-3  # of the two losses at any step, relative
+_SATURATED = 1e-3  # a loss below that is rounding alone
 
 
 def measure(folder: Path, count: int) -> str:
@@ -117,7 +118,7 @@ def _compare(
 ) -> dict[str, Any]:
     """cost.json of the timings."""
     differences = [
-        abs(a - b["loss"]) / abs(a)
+        abs(a - b["loss"]) / max(abs(a), _SATURATED)
         for record, cell in zip(stock, chosen, strict=True)
         for a, b in zip(record["losses"], cell.curves, strict=True)
         if a is not None and b["loss"] is not None
