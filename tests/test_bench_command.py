@@ -173,7 +173,7 @@ def test_fewer_rounds_where_time_is_short():
         def ready(self, timeout):
             return 0.0
 
-        def check(self):
+        def check(self, limit=None):
             pass
 
         def run(self, limit=None):

@@ -32,7 +32,7 @@ DEFAULT = tuple(name for name in PROVIDERS if name != "fastdpo exact, kept")
 # Whose cost depends on how peaked the softmax is. CCE skips blocks of small gradients in its Triton kernels alone
 PEAKED_MATTERS = {"cpu": ("fastdpo",), "cuda": ("fastdpo", "CCE")}
 SECONDS = 105.0  # of everything, where the user does not say how many tokens
-RUNNING = 70.0  # of them for the runs; the rest for loading
+RUNNING = 50.0  # of them for the runs; the rest for loading
 PRODUCTS = 6  # forward products that a run takes, about, as a mean over the contenders
 RUNS = 3  # of each contender that are planned for, where tokens are chosen
 TOKENS = (256, 8192)  # chosen: fewer are no training step, more show nothing else

@@ -104,6 +104,7 @@ TOKEN_LOGPS = {
 }
 PROVIDERS = (*TOKEN_LOGPS, "Liger")
 PACKAGES = {"TRL 1.16": "trl", "CCE": "cut-cross-entropy", "Liger": "liger-kernel"}  # beyond PyTorch and fastdpo
+COMPILED = ("torch.compile", "CCE", "Liger")  # on a CPU
 NEEDS = ("both", "frozen", "forward")
 
 

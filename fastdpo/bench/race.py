@@ -26,7 +26,7 @@ class Runner(Protocol):
     """isolated.Contender, or Here."""
 
     def ready(self, timeout: float) -> float: ...
-    def check(self) -> None: ...
+    def check(self, limit: float | None = None) -> None: ...
     def run(self, limit: float | None = None) -> Outcome: ...
     def close(self) -> None: ...
 
@@ -41,7 +41,7 @@ class Here:
         self._try(lambda: warm_up(self._name, self._batch, self._needs))
         return 0.0
 
-    def check(self) -> None:
+    def check(self, limit: float | None = None) -> None:
         self._try(lambda: verify(self._name, self._batch, self._needs))
 
     def run(self, limit: float | None = None) -> Outcome:
@@ -109,7 +109,7 @@ def race(
             continue
         progress(f"{entry.contender}: checked, first run")
         try:
-            runner.check()
+            runner.check(limit)
             outcomes[entry] = runner.run(limit)
         except Failed as failed:
             fail(entry, failed)
