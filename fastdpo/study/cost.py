@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def measure(folder: Path, count: int) -> str:
 def table(found: dict[str, Any]) -> str:
     """cost.json as text."""
     rows = [
-        ("seconds of a worker per run", "TRL 1.16", "fastdpo study"),
+        ("seconds of a worker per run", f"TRL {metadata.version('trl')}", "fastdpo study"),
         *(
             (name, f"{found['trl'][key]:.1f}", f"{found['study'][key]:.1f}")
             for name, key in (
