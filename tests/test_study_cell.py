@@ -126,6 +126,21 @@ def test_the_optimizer_is_gone_before_anything_is_measured(lab, monkeypatch):
     assert alive == []
 
 
+def test_nothing_is_measured_under_the_trainers_autocast(world, tmp_path, monkeypatch):
+    """bf16=True, TRL's default; references are scored and sampled without."""
+    lab = study_kit.lab(world, tmp_path / "DIR", training={**study_kit.TRAINING, "bf16": True})
+    dtypes = []
+
+    def measure(model: Any, *_: Any) -> Any:
+        model.lm_head.register_forward_hook(lambda module, given, logits: dtypes.append(logits.dtype))
+        model(torch.tensor([[3, 4]]))
+        return {}, []
+
+    monkeypatch.setattr(lab, "measure", measure)
+    lab.cell(Cell("sigmoid", "ratio", "start", 0.1, 0))
+    assert dtypes == [torch.float32]
+
+
 def test_prompts_that_leave_no_room_are_an_error(world, tmp_path):
     with pytest.raises(StudyError, match="no held-out prompt leaves room for an answer in max_length 6 tokens"):
         study_kit.lab(world, tmp_path / "DIR", training={**study_kit.TRAINING, "max_length": 6})

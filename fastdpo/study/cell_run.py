@@ -148,7 +148,7 @@ class Lab:
             reference=None if without else cell.reference,
         )
         halfway = time.perf_counter()
-        model: Any = trainer.accelerator.unwrap_model(trainer.model)
+        model = trained_model(trainer)
         if self.config.save_models:
             trainer.save_model(str(self.folder / "models" / cell.id))
         trainer.accelerator.free_memory()  # it and the trainer hold the optimizer, whose memory the measures can use
@@ -280,6 +280,11 @@ class Lab:
         if self.score is not None:
             return found
         return found | {"quality": found["reward_accuracy"], "quality_se": found["reward_accuracy_se"]}
+
+
+def trained_model(trainer: Any) -> Any:
+    """The model that a trainer has trained, computing in its weights' dtype as references do: not under autocast."""
+    return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
 
 
 def _collect() -> None:

@@ -165,7 +165,7 @@ def stock_run(folder: Path, id: str) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
     from trl import DPOTrainer
 
-    from .cell_run import Lab
+    from .cell_run import Lab, trained_model
     from .training import trained
 
     lab = Lab(folder, folder / "work" / "cost")
@@ -179,7 +179,7 @@ def stock_run(folder: Path, id: str) -> dict[str, Any]:
     data = (lab.config, lab.tokenizer, lab.pairs.train)
     trainer, curves = trained(DPOTrainer, lab.arguments(cell), *data, ref_model=live)
     halfway = time.perf_counter()
-    lab.measure(trainer.accelerator.unwrap_model(trainer.model), cell, curves)
+    lab.measure(trained_model(trainer), cell, curves)
     return {
         "startup_seconds": startup,
         "train_seconds": halfway - began,
