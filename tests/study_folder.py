@@ -72,6 +72,7 @@ def write_study(
         "loss_types": list(loss_types),
         "seeds": list(seeds),
         "training": {"learning_rate": 1e-4, "max_steps": 20},
+        "scorer": "scoring.py:right",
         "quality": "right answers",
         "higher_is_better": True,
         "start": {"quality": OWN_QUALITY["start"], "length": 6.0},

@@ -151,6 +151,16 @@ def test_whatever_is_missing(tmp_path: Path, parameterizations, references, seed
         assert strength.here.startswith("There are no runs of the ratio; these are of the likelihood. With start")
 
 
+def test_without_a_scorer_different_rewards_are_not_compared(tmp_path: Path) -> None:
+    """Quality is then the accuracy of each run's own reward."""
+    folder = write_study(tmp_path, scorer=None, quality="reward accuracy on held-out pairs")
+    strength, need, stronger = ask(folder)
+    assert "β = 0.1 is best" in strength.here
+    for answer in (need, stronger):
+        assert answer.here.startswith("The study cannot say: without a scorer")
+    assert any("neither parameterizations nor references" in one for one in caveats(results.load(folder)))
+
+
 def test_all_failed(tmp_path: Path) -> None:
     strength, need, stronger = ask(write_study(tmp_path, lambda cell: {"error": "out of memory"}))
     assert "every run failed" in strength.here

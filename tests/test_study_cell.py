@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from fastdpo.study import results, tokens
 from fastdpo.study.cell_run import Lab
 from fastdpo.study.cells import Cell
+from fastdpo.study.errors import StudyError
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 PARAMETERIZATIONS = ["ratio", "posterior", "likelihood"]
@@ -109,6 +111,39 @@ def test_a_cell_depends_on_its_settings_and_seed_alone(lab):
     assert run(cell) == first
     assert other["curves"] != first["curves"], "another order"
     assert run(cell._replace(loss_type="ipo"))["curves"] != first["curves"]
+
+
+def test_the_optimizer_is_gone_before_anything_is_measured(lab, monkeypatch):
+    """Its state is twice the weights, where the measures load other models."""
+    alive = []
+
+    def measure(*_: Any) -> Any:
+        alive.extend(type(one) for one in gc.get_objects() if issubclass(type(one), torch.optim.Optimizer))
+        return {}, []
+
+    monkeypatch.setattr(lab, "measure", measure)
+    lab.cell(Cell("sigmoid", "ratio", "start", 0.1, 0))
+    assert alive == []
+
+
+def test_nothing_is_measured_under_the_trainers_autocast(world, tmp_path, monkeypatch):
+    """bf16=True, TRL's default; references are scored and sampled without."""
+    lab = study_kit.lab(world, tmp_path / "DIR", training={**study_kit.TRAINING, "bf16": True})
+    dtypes = []
+
+    def measure(model: Any, *_: Any) -> Any:
+        model.lm_head.register_forward_hook(lambda module, given, logits: dtypes.append(logits.dtype))
+        model(torch.tensor([[3, 4]]))
+        return {}, []
+
+    monkeypatch.setattr(lab, "measure", measure)
+    lab.cell(Cell("sigmoid", "ratio", "start", 0.1, 0))
+    assert dtypes == [torch.float32]
+
+
+def test_prompts_that_leave_no_room_are_an_error(world, tmp_path):
+    with pytest.raises(StudyError, match="no held-out prompt leaves room for an answer in max_length 6 tokens"):
+        study_kit.lab(world, tmp_path / "DIR", training={**study_kit.TRAINING, "max_length": 6})
 
 
 def test_a_reference_is_measured_and_the_start_is_its_own(lab):

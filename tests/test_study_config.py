@@ -82,6 +82,11 @@ def uncomment(line: str) -> str:
         ({"references": {"a": {"model": None, "role": "stronger"}}}, "'stronger' contradicts model None"),
         ({"references": {"a/b": "x"}}, "names of letters.*got 'a/b'"),
         ({"references": {"start": "org/other"}}, r"references\.start: is the policy itself"),
+        (
+            {"references": {"a": {"model": "x", "role": "start"}}},
+            r"references\.a\.role: start is the policy itself, got",
+        ),
+        ({"references": {"none": "org/other"}}, r"references\.none: stands for no reference, expected null, got"),
         ({"references": {}}, "references: expected at least one|references: expected a list"),
         ({"parameterizations": ["ratios"]}, "unknown 'ratios'.*did you mean 'ratio'"),
         ({"loss_types": ["simpo"]}, "loss_types: unknown 'simpo', expected some of sigmoid"),

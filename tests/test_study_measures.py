@@ -218,16 +218,23 @@ def test_a_function_by_module_and_by_file(tmp_path: Path) -> None:
         "def score(prompts, answers, rows):\n    return [A(len(a)).x for a in answers]\n"
         "def short(prompts, answers, rows):\n    return [1]\n"
         "def nan(prompts, answers, rows):\n    return [float('nan') for _ in answers]\n"
+        "def one(prompts, answers, rows):\n    return 0.5\n"
+        "def none(prompts, answers, rows):\n    return [None for _ in answers]\n"
         "number = 1\n"
     )
     file = str(tmp_path / "mine.py")
     assert scorer.load(f"{file}:score")(["p", "q"], ["ab", "c"], [{}, {}]) == [2.0, 1.0]
     right = scorer.load("fastdpo.study.demo_study:right")
     assert right(["sort nine two :"] * 2, ["two nine", "nine two"], [{}, {}]) == [1.0, 0.0]
-    for name, message in (("short", "one number an answer, 2, got 1"), ("nan", "finite numbers, got nan for 'ab'")):
+    for name, message in (
+        ("short", "one number an answer, 2, got 1"),
+        ("nan", "finite numbers, got nan for 'ab'"),
+        ("one", "a list of numbers, got 0.5"),
+        ("none", r"a list of numbers, got \[None, None\]"),
+    ):
         with pytest.raises(StudyError, match=message):
             scorer.load(f"{file}:{name}")(["p", "q"], ["ab", "c"], [{}, {}])
-    for name, message in ((f"{file}:none", "none"), (f"{file}:number", "is no function"), ("no.such:f", "No module")):
+    for name, message in ((f"{file}:other", "other"), (f"{file}:number", "is no function"), ("no.such:f", "No module")):
         with pytest.raises(StudyError, match=f"scorer: .*{message}"):
             scorer.load(name)
 

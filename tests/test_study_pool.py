@@ -35,7 +35,11 @@ def test_outcomes_and_deaths(tmp_path: Path) -> None:
         alive = {pid for name in "aef" for pid in pids(tmp_path / name) if psutil.pid_exists(pid)}
         assert [outcome.error for outcome in pool.run([("do", "g")])] == [None]
         assert set(pids(tmp_path / "g")) <= alive | set(pids(tmp_path / "d")), "a worker lives on"
-    assert not psutil.pid_exists(pids(tmp_path / "g")[0])
+        for worker in pool._workers.values():  # while they have nothing to do
+            os.kill(worker.process.pid, signal.SIGKILL)
+            worker.process.join()
+        assert [outcome.error for outcome in pool.run([("do", "h")])] == [None]
+    assert not psutil.pid_exists(pids(tmp_path / "h")[0])
 
 
 def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:

@@ -167,7 +167,7 @@ def test_unfinished_studies_have_a_report(tmp_path: Path) -> None:
     for path in sorted((folder / "cells").iterdir())[3:]:
         path.unlink()
     report.write(folder)
-    assert "The grid has 90 cells, of which 3 are there yet." in (folder / "report.md").read_text()
+    assert "The grid has 90 cells, of which 3 are there so far." in (folder / "report.md").read_text()
 
 
 def test_cost_is_told_where_it_was_measured(tmp_path: Path) -> None:
@@ -188,6 +188,19 @@ def test_cost_is_told_where_it_was_measured(tmp_path: Path) -> None:
     text = (folder / "report.md").read_text()
     assert "| the sweep, min | 40.0 | 10.0 |" in text and "1 cell of the study" in text and "by 2e-07 at most" in text
     assert "<script" not in text + (folder / "report.html").read_text()
+
+
+def test_a_large_loss_does_not_flatten_the_others(tmp_path: Path) -> None:
+    folder = write_study(tmp_path, betas=[0.1], parameterizations=["ratio"], references=[START], seeds=[0])
+    (path,) = (folder / "cells").iterdir()
+    record = json.loads(path.read_text())
+    for loss, logarithmic in ((0.7, ["margin"]), (500.0, ["Loss", "margin"])):
+        record["curves"][0]["loss"] = loss
+        path.write_text(json.dumps(record))
+        report.write(folder)
+        lines = [line for line in (folder / "report.md").read_text().splitlines() if "logarithmic beyond" in line]
+        assert len(lines) == len(logarithmic)
+        assert all(name in line for name, line in zip(logarithmic, lines, strict=True))
 
 
 def test_figures_of_an_earlier_report_go(tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ class _Reader:
         self.groups = [group for group in groups(study) if group.setting.loss_type == loss_type]
         self.higher: bool = study.config["higher_is_better"]
         self.quality: str = study.config["quality"]
+        self.scored: bool = study.config.get("scorer") is not None
         means = [group.mean("quality") for group in self.groups]
         self.decimals = wording.digits(mean and mean.value for mean in means)
         roles = {one["role"]: one["name"] for one in reversed(study.config["references"])}
@@ -173,6 +174,8 @@ def _same_shape(reader: _Reader) -> str:
 
 
 def _need(reader: _Reader) -> tuple[str, str]:
+    if not reader.scored:
+        return _NO_SCORER, _NOTHING
     compared = {one: reader.best(reader.of(one, NONE if one == "posterior" else reader.start or "")) for one in ORDER}
     there = {one: group for one, group in compared.items() if group is not None}
     if "ratio" not in there or len(there) < 2:
@@ -211,6 +214,8 @@ def _agree_on_need(gains: dict[str, Difference]) -> str:
 
 
 def _stronger(reader: _Reader) -> tuple[str, str]:
+    if not reader.scored:
+        return _NO_SCORER, _NOTHING
     speaking = next((one for one in ("ratio", "likelihood") if reader.references(one)), None)
     names = reader.references(speaking) if speaking else []
     others = [name for name in names if name != reader.start]
@@ -276,15 +281,17 @@ def caveats(study: Study) -> list[str]:
         + (
             " Nothing separates a difference from chance then; take several seeds before you conclude anything."
             if seeds == 1
-            else f" A standard error from so few is itself uncertain. Of many tests at "
-            f"p < {LEVEL:g} one in {round(1 / LEVEL)} comes out by chance alone, and many are made here."
+            else f" A standard error from so few is itself uncertain. Where nothing differs, one test in "
+            f"{round(1 / LEVEL)} comes out at p < {LEVEL:g} by chance alone, and many are made here."
         ),
+        "A seed is another order of the pairs and another draw of the answers. All runs start from one model and "
+        "answer the same held-out prompts: what others would change is in no standard error over seeds.",
         "It is one policy, one set of pairs, one learning rate and one number of steps for every cell. Another "
         "learning rate can move the best β, and may suit one parameterization better than another.",
         f"Quality stands for {config['quality']} and nothing else; what that does not measure, the answers do not show."
         + ("" if config.get("scorer") else _UNSCORED),
-        "Reward accuracy and margin are of each run's own reward. They do not compare runs with different "
-        "parameterizations, references or β; quality, KL to the start model and changes of log-probabilities do.",
+        "Reward accuracy and margin are of each run's own reward. They do not compare different parameterizations or "
+        "references, nor the margin different β; KL to the start model and changes of log-probabilities do.",
         "KL is estimated from answers that the trained policy samples, and so knows only where that policy goes.",
     ]
 
@@ -292,15 +299,20 @@ def caveats(study: Study) -> list[str]:
 def rule() -> str:
     """How differences are judged, in words."""
     return (
-        f"One is called better than another where Welch's t-test over seeds gives p < {LEVEL:g}. The standard error "
-        "of a mean over seeds is taken at least as large as what the scored answers themselves leave, for seeds can "
-        "agree by luck. Degenerate runs are shown and left out of every choice of a best β."
+        f"One is called better than another where Welch's t-test over seeds gives p < {LEVEL:g}. ± after a mean is its "
+        "standard error over seeds alone. For the test and ± after a difference it is taken at least as large as what "
+        "the scored answers themselves leave, for seeds can agree by luck. Degenerate runs are shown and left out of "
+        "every choice of a best β."
     )
 
 
 _UNSCORED = (
     " No scorer was given, so it is the accuracy of each run's own reward on pairs: it can compare one β with another, "
-    "and says little about the answers that a policy gives."
+    "neither parameterizations nor references, and says little about the answers that a policy gives."
+)
+_NO_SCORER = (
+    "The study cannot say: without a scorer quality is the accuracy of each run's own reward on pairs, and runs with "
+    "different parameterizations or references have different rewards."
 )
 _NOTHING = "There is nothing to compare with the paper."
 

@@ -23,6 +23,7 @@ from ..integrations.head_transform import head_transform
 from . import data, degenerate, divergence, measures, scorer, tokens
 from .cells import Cell
 from .config import START, ReferencePolicy, StudyConfig, of_study, opened
+from .errors import StudyError
 from .measures import Measures, PairLogps
 from .results import read_json
 from .sampling import Answer, sample
@@ -96,8 +97,10 @@ class Lab:
             found |= measures.of_kl(START, zero, answers)
         chosen, rejected = self._reference_logps(policy.name, False)
         found |= dict(zip(("reward_accuracy", "reward_accuracy_se"), measures.mean(chosen > rejected), strict=True))
+        if self.score is None:  # it has no reward whose accuracy could stand beside a run's
+            found |= {"quality": None, "quality_se": None}
         return {
-            "measures": self._with_quality(found),
+            "measures": found,
             "score_seconds": scored - started,
             "seconds": time.perf_counter() - started,
         }
@@ -145,17 +148,17 @@ class Lab:
             reference=None if without else cell.reference,
         )
         halfway = time.perf_counter()
-        model: Any = trainer.accelerator.unwrap_model(trainer.model)
+        model = trained_model(trainer)
         if self.config.save_models:
             trainer.save_model(str(self.folder / "models" / cell.id))
-        trainer.optimizer = trainer.lr_scheduler = None  # whose memory the measures can use
+        trainer.accelerator.free_memory()  # it and the trainer hold the optimizer, whose memory the measures can use
+        del trainer
+        _collect()
         try:
             found, reasons = self.measure(model, cell, curves)
         finally:
-            del trainer, model
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            del model
+            _collect()
         ended = time.perf_counter()
         return {
             "seconds": ended - started,
@@ -225,6 +228,8 @@ class Lab:
             if len(row["prompt_ids"]) < longest:
                 different.setdefault(tuple(row["prompt_ids"]), row)
         rows = list(different.values())[: self.config.sampling.prompts]
+        if not rows:
+            raise StudyError(f"data: no held-out prompt leaves room for an answer in max_length {longest} tokens")
         answers = sample(model, tokenizer, [row["prompt_ids"] for row in rows], self.config.sampling, seed)
         found = measures.on_answers(answers)
         asked = [rows[one.prompt] for one in answers]
@@ -275,3 +280,15 @@ class Lab:
         if self.score is not None:
             return found
         return found | {"quality": found["reward_accuracy"], "quality_se": found["reward_accuracy_se"]}
+
+
+def trained_model(trainer: Any) -> Any:
+    """The model that a trainer has trained, computing in its weights' dtype as references do: not under autocast."""
+    return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+
+
+def _collect() -> None:
+    """Give back what nothing refers to any more; trainers are cycles."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

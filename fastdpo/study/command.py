@@ -89,19 +89,22 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("config", nargs="?", type=Path, help="YAML; --print-config shows one with all settings")
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument("config", nargs="?", type=Path, help="YAML; --print-config shows one with all settings")
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder of the study")
-    parser.add_argument("--demo", action="store_true", help="a small model and task, made in DIR/demo; needs no config")
-    parser.add_argument("--print-config", action="store_true", help="a commented config, to start from")
-    parser.add_argument("--report", type=Path, metavar="DIR", help="write the report of a study folder again")
+    one.add_argument("--demo", action="store_true", help="a small model and task, made in DIR/demo; needs no config")
+    one.add_argument("--print-config", action="store_true", help="a commented config, to start from")
+    one.add_argument("--report", type=Path, metavar="DIR", help="write the report of a study folder again")
     parser.add_argument("--tokens", metavar="CELL", help="with --report: tokens.html of this cell, not of the best one")
-    parser.add_argument("--cost", type=Path, metavar="DIR", help="time some cells of a study as runs of TRL alone")
+    one.add_argument("--cost", type=Path, metavar="DIR", help="time some cells of a study as runs of TRL alone")
     parser.add_argument("--cells", type=int, default=4, help="how many, with --cost (4)")
     parser.add_argument("--probe", action="store_true", help="what a reference would do to a run, before any training")
     return parser
 
 
 def _run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    if arguments.output is not None and not (arguments.demo or arguments.config):
+        parser.error(f"--output {arguments.output}: expected CONFIG or --demo with it")
     if arguments.print_config:
         print(EXAMPLE, end="")
         return 0
@@ -116,7 +119,7 @@ def _run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         results.write(arguments.report)
         print(write_pages(arguments.report, arguments.tokens))
         return 0
-    if arguments.output is None or arguments.demo == (arguments.config is not None):
+    if arguments.output is None:
         parser.error("expected CONFIG --output DIR, or --demo --output DIR")
     folder: Path = arguments.output
     if arguments.demo:
@@ -136,18 +139,22 @@ def _run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
 
 def write_pages(folder: Path, cell_id: str | None = None) -> Path:
-    """The token page of a cell (None: the best one), and the report; returns the report's file.
+    """The report, and the token page of a cell (None: the first of the best setting); returns the report's file.
 
     Raises:
         StudyError: no such cell, or it is not done.
+        OSError: the policy's tokenizer is not there. Both after the report is written.
     """
-    from . import report, token_view
+    from . import report, summary, token_view
 
-    best = results.best(results.load(folder)) if cell_id is None else None
-    cell_id = best.id if best is not None else cell_id
+    made = report.write(folder)
+    if cell_id is None:
+        study = results.load(folder)
+        best = summary.best(summary.groups(study), study.config["higher_is_better"])
+        cell_id = None if best is None else best.cells[0].id
     if cell_id is not None:
         token_view.of_study(folder, cell_id, folder / "tokens.html")
-    return report.write(folder)
+    return made
 
 
 if __name__ == "__main__":

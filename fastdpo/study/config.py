@@ -37,6 +37,8 @@ class ReferencePolicy:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+]*", self.name):
             raise StudyError(f"references: expected names of letters, digits, '.', '_' and '+', got {self.name!r}")
+        if self.name == "none" and self.model is not None:  # as the report calls runs without one
+            raise StudyError(f"references.none: stands for no reference, expected null, got {self.model!r}")
         if self.role not in ("", *ROLES):
             raise StudyError(
                 f"references.{self.name}.role: unknown {self.role!r}, expected one of {', '.join(ROLES)}"
@@ -239,6 +241,8 @@ def _check_grid(config: StudyConfig) -> None:
     for one in config.references:
         if one.name == START and (one.model != config.policy or one.dtype not in (None, config.dtype)):
             raise StudyError(f"references.start: is the policy itself, expected model {config.policy!r} in its dtype")
+        if one.role == START and one.model != config.policy:
+            raise StudyError(f"references.{one.name}.role: start is the policy itself, got model {one.model!r}")
 
 
 def _known(name: str, values: Sequence[str], known: Iterable[str]) -> None:

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def measure(folder: Path, count: int) -> str:
 def table(found: dict[str, Any]) -> str:
     """cost.json as text."""
     rows = [
-        ("seconds of a worker per run", "TRL 1.16", "fastdpo study"),
+        ("seconds of a worker per run", f"TRL {metadata.version('trl')}", "fastdpo study"),
         *(
             (name, f"{found['trl'][key]:.1f}", f"{found['study'][key]:.1f}")
             for name, key in (
@@ -164,7 +165,7 @@ def stock_run(folder: Path, id: str) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
     from trl import DPOTrainer
 
-    from .cell_run import Lab
+    from .cell_run import Lab, trained_model
     from .training import trained
 
     lab = Lab(folder, folder / "work" / "cost")
@@ -178,7 +179,7 @@ def stock_run(folder: Path, id: str) -> dict[str, Any]:
     data = (lab.config, lab.tokenizer, lab.pairs.train)
     trainer, curves = trained(DPOTrainer, lab.arguments(cell), *data, ref_model=live)
     halfway = time.perf_counter()
-    lab.measure(trainer.accelerator.unwrap_model(trainer.model), cell, curves)
+    lab.measure(trained_model(trainer), cell, curves)
     return {
         "startup_seconds": startup,
         "train_seconds": halfway - began,

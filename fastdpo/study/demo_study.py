@@ -46,7 +46,7 @@ policy: start
 data: {train: train.jsonl, held_out: held_out.jsonl}
 references:
   start: policy
-  stronger: {model: stronger, role: stronger}   # pretrained longer, on more right answers
+  stronger: {model: stronger, role: stronger}   # pretrained on more right answers
   weaker: {model: weaker, role: weaker}         # pretrained for less time
   # none: null                                  # no reference: the posterior again
   # other: other                                # another tokenizer

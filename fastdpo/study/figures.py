@@ -30,6 +30,7 @@ COLOURS = (BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", "#D55E00")  # of Okabe and
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
 MARKERS = {"ratio": "o", "likelihood": "^", "posterior": "s"}
 BESIDE = 1.05  # factor between two references at one beta
+LARGE_LOSS = 10.0
 CURVES = (
     ("loss", "Loss"),
     ("rewards/accuracies", "Reward accuracy"),
@@ -268,6 +269,9 @@ def _curves(found: Sequence[Group], key: str, title: str) -> _Drawn:
     if not lines:
         return None
     betas = sorted({group.beta for group, _ in lines})
+    values = [value for _, curve in lines for value in curve[1]]
+    # A loss at a large beta would flatten all others
+    logarithmic = key == "rewards/margins" or (key == "loss" and max(values) > LARGE_LOSS)
     settings = _settings([group for group, _ in lines])
     columns = min(3, max(map(len, settings.values())))
     places = _places(settings, columns)
@@ -278,19 +282,19 @@ def _curves(found: Sequence[Group], key: str, title: str) -> _Drawn:
         style = {beta: (shades[i], DASHES[i % len(DASHES)]) for i, beta in enumerate(betas)}
         figure = Figure(figsize=(WIDTH, 1.9 * rows + 0.5), layout="constrained")
         panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-        for group, (steps, values) in lines:
+        for group, curve in lines:
             colour, dashes = style[group.beta]
-            panels[places[group.setting]].plot(steps, values, color=colour, ls=dashes, lw=1.4)
+            panels[places[group.setting]].plot(*curve, color=colour, ls=dashes, lw=1.4)
         for setting, place in places.items():
             where = "no reference" if setting.reference == NONE else _plain(setting.reference)
             panels[place].set(title=f"{setting.parameterization}, {where}", xlabel="step")
             panels[place].tick_params(labelbottom=True)
             panels[place].xaxis.get_major_locator().set_params(integer=True)
-        if key == "rewards/margins":
+        if logarithmic:
             panels[0, 0].set_yscale("symlog", linthresh=0.1)
             decades = [10.0**power for power in range(0, 13, 2)]  # a label at each would lie on the next one
             panels[0, 0].yaxis.set_major_locator(FixedLocator([*(-one for one in reversed(decades)), 0, *decades]))
-            if min(min(values) for _, (_, values) in lines) > -1e-3:  # but for rounding
+            if min(values) > -1e-3:  # but for rounding
                 panels[0, 0].set_ylim(bottom=0)
         for place in set(np.ndindex(rows, columns)) - set(places.values()):
             panels[place].axis("off")
@@ -302,7 +306,7 @@ def _curves(found: Sequence[Group], key: str, title: str) -> _Drawn:
         figure,
         f"{title} over the training steps, a panel for each parameterization and reference",
         f"{title} of the training batches over the steps; a line for each β, the mean over its seeds."
-        + (" The axis is logarithmic beyond ±0.1." if key == "rewards/margins" else ""),
+        + (" The axis is logarithmic beyond ±0.1." if logarithmic else ""),
     )
 
 

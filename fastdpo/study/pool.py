@@ -5,6 +5,7 @@ A worker ends with its parent, however that ends: by `close`, and by a thread th
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import multiprocessing
 import os
@@ -64,7 +65,8 @@ class Worker:
     def give(self, job: Any) -> None:
         """Start on a job."""
         self.job = job
-        self.connection.send(job)
+        with contextlib.suppress(OSError):  # it died just now, which `take` will say
+            self.connection.send(job)
 
     def take(self) -> str | None:
         """What came of it: None, or the error.
@@ -136,10 +138,14 @@ class Pool:
                 yield Outcome(job, error)
 
     def _worker(self, number: int) -> Worker:
-        if number not in self._workers:
+        """An idle worker: the one that is there, if it did not die meanwhile."""
+        worker = self._workers.get(number)
+        if worker is None or not worker.process.is_alive():
+            if worker is not None:
+                worker.kill()
             log = self._logs / f"worker-{number}.log"
-            self._workers[number] = Worker(self._work, self._argument, self._places[number], log)
-        return self._workers[number]
+            worker = self._workers[number] = Worker(self._work, self._argument, self._places[number], log)
+        return worker
 
 
 def _serve(parent: Any, work: str, argument: Any, place: Place, log: Path) -> None:

@@ -135,7 +135,7 @@ def _state(study: Study) -> list[Block]:
     shared = [cell for cell in study.cells if cell.same_run_as]
     failed = [cell for cell in study.cells if cell.status != "done" and not cell.same_run_as]
     told = f"The grid has {wording.count(planned, 'cell')}"
-    told += "." if there == planned else f", of which {there} {'is' if there == 1 else 'are'} there yet."
+    told += "." if there == planned else f", of which {there} {'is' if there == 1 else 'are'} there so far."
     if shared:
         told += (
             f" {len(shared)} of them {'is' if len(shared) == 1 else 'are'} the same training as another by "

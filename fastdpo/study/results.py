@@ -90,19 +90,6 @@ def load_tokens(folder: Path, id: str) -> list[TokenRow]:
     return tokens.load(path, tokenizer, cell.beta)
 
 
-def best(study: Study) -> CellResult | None:
-    """The first healthy cell of the best setting: the highest (or lowest) quality, mean over its seeds."""
-    settings: dict[tuple[Any, ...], list[CellResult]] = {}
-    for cell in study.cells:
-        if cell.status == "done" and not cell.degenerate and cell.measures.get("quality") is not None:
-            settings.setdefault((cell.loss_type, cell.parameterization, cell.reference, cell.beta), []).append(cell)
-    if not settings:
-        return None
-    sign = 1 if study.config["higher_is_better"] else -1
-    # max keeps the first of equals
-    return max(settings.values(), key=lambda of: sign * sum(one.measures["quality"] for one in of) / len(of))[0]
-
-
 def write(folder: Path) -> Study:
     """Write results.json and results.csv; the same cells give the same bytes."""
     study = load(folder)

@@ -1,7 +1,7 @@
 """A whole study: references, then cells, over worker processes; what is finished is kept, and a restart goes on.
 
 Everything that is kept is a file that is written whole: DIR/references/<name>.json, DIR/cells/<id>.json. What is not
-there is run again from its settings and seed, to the same bits.
+there is run again from its settings and seed; on a CPU to the same bits.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import signal
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from importlib import metadata
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..cache.claims import Claims
+from ..cache.claims import LEASE, SUFFIX, Claims, live
 from . import data, results
 from .cells import Cell, runs
 from .config import START, StudyConfig, local, of_study, to_dict
@@ -56,10 +57,17 @@ def run(config: StudyConfig, folder: Path) -> list[str]:
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Nobody else runs a study in this folder meanwhile. A run that was killed holds nothing."""
-    with Claims(folder / "work" / "claims") as claims:
-        if not claims.take("study"):
-            raise StudyError(f"{folder}: another `fastdpo study` is at work there; wait for it, or stop it")
+    """Nobody else runs a study in this folder meanwhile. A run that was killed holds nothing: at once, or, if that was
+    in another container or before this machine started again, once its claim is seen to be dead."""
+    place, waited = folder / "work" / "claims", False
+    with Claims(place) as claims:
+        while not claims.take("study"):
+            if live(place.glob(f"study.*{SUFFIX}")):
+                raise StudyError(f"{folder}: another `fastdpo study` is at work there; wait for it, or stop it")
+            if not waited:
+                print(f"{folder}: was in use elsewhere; waits {LEASE:g} s for a sign of life from there", flush=True)
+            waited = True
+            time.sleep(min(1.0, LEASE))
         yield
 
 

@@ -59,7 +59,11 @@ def _module(name: str) -> Any:
 
 def _checked(name: str, scorer: Scorer) -> Scorer:
     def scored(prompts: list[Any], answers: list[str], rows: Rows) -> list[float]:
-        found = [float(score) for score in scorer(prompts, answers, rows)]
+        given = scorer(prompts, answers, rows)
+        try:
+            found = [float(score) for score in given]
+        except (TypeError, ValueError):
+            raise StudyError(f"scorer: {name}: expected a list of numbers, got {given!r:.80}") from None
         if len(found) != len(answers):
             raise StudyError(f"scorer: {name}: expected one number an answer, {len(answers)}, got {len(found)}")
         wrong = next((i for i, score in enumerate(found) if not math.isfinite(score)), None)

@@ -72,12 +72,13 @@ def _side(arrays: Any, prefix: str, tokenizer: Any) -> TokenSide:
 
 def _texts(ids: list[int], tokenizer: Any) -> list[str]:
     """What each token adds to the text: byte pairs that are only part of a character show at its last token."""
-    texts, shown = [], ""
+    texts = []
+    before, shown = 0, 0  # what was shown last is ids[before:shown]; a token may be written otherwise at a beginning
     for end in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[:end])
+        text = tokenizer.decode(ids[before:end])
         if text.endswith("\N{REPLACEMENT CHARACTER}") and end < len(ids):
             texts.append("")
             continue
-        texts.append(text[len(shown) :])
-        shown = text
+        texts.append(text[len(tokenizer.decode(ids[before:shown])) :])
+        before, shown = shown, end
     return texts
