@@ -66,8 +66,16 @@ def main() -> None:
     parser.add_argument("--allowed", type=float, default=0.2)
     parser.add_argument("--seconds", type=float, default=240, help="of all cases; a second measurement comes on top")
     options = parser.parse_args()
+    if not 0 <= options.allowed < 1:
+        parser.error(f"--allowed {options.allowed:g}: expected a share from 0 to below 1")
+    if not options.committed.is_file():
+        parser.error(f"--committed {options.committed}: no such file, expected a benchmarks.json of benchmarks.report")
     doc = json.loads(options.committed.read_text(encoding="utf-8"))
-    cases = [case for case in CASES if case.check and case.name in doc["cases"]]
+    checked = [case for case in CASES if case.check]
+    cases = [case for case in checked if case.name in doc["cases"]]
+    for case in checked:
+        if case not in cases:
+            print(f"{case.name}: left out, {options.committed} has no numbers of it")
     if not cases:
         sys.exit(f"{options.committed}: none of the checked cases is in it")
     doc["cases"] = {case.name: doc["cases"][case.name] for case in cases}

@@ -14,11 +14,8 @@ from typing import Any
 
 import torch
 
-from .losses.table import LOSSES, did_you_mean
+from .losses.table import TRL_LOSSES, did_you_mean
 from .train_data import DataError, plain_chat_template, read_pairs
-
-# TRL has trainers of their own for the others
-TRL_LOSSES = [name for name in LOSSES if name not in ("kto", "cpo", "simpo", "orpo")]
 
 
 @dataclass

@@ -36,6 +36,14 @@ def test_the_gate_refuses(monkeypatch: pytest.MonkeyPatch, wrong: object, layout
         gate.errors("wrong")
 
 
+def test_the_gate_refuses_one_value_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the softmax is flat, every logp is within a tenth of -log V."""
+    monkeypatch.setitem(TOKEN_LOGPS, "wrong", lambda *batch: torch.full_like(y := eager(*batch), y.mean().item()))
+    gate = Gate(make(Case("Qwen3 0.6B", softmax="dense"), Shape(128, 65536, 16)), "forward", tokens=64)
+    with pytest.raises(WrongResult, match="wrong, logps: .* nats off, at most 0.1.* allowed"):
+        gate.errors("wrong")
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("name", ["eager", "PyTorch", "fastdpo", "fastdpo exact", "fastdpo exact, kept"])
 def test_the_gate_lets_through(name: str, dtype: str) -> None:

@@ -71,7 +71,11 @@ def test_what_is_missing_is_lost() -> None:
     ids=["as before", "noise", "lost", "fastdpo failed"],
 )
 def test_the_command(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, runs: list[dict[str, float]], fails: bool
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    runs: list[dict[str, float]],
+    fails: bool,
 ) -> None:
     """A case that has lost is measured again; what is lost twice is an error."""
     left = iter(runs)
@@ -91,3 +95,26 @@ def test_the_command(
     else:
         check.main()
     assert next(left, None) is None
+    left_out = [case.name for case in CASES if case.check][1:]
+    said = capsys.readouterr().out
+    assert left_out and all(f"{name}: left out" in said for name in left_out)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--committed", "{folder}/none.json"], "none.json: no such file"),
+        (["--allowed", "1.5"], "--allowed 1.5: expected a share"),
+    ],
+)
+def test_bad_arguments(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    words: list[str],
+    message: str,
+) -> None:
+    monkeypatch.setattr("sys.argv", ["check", *(word.format(folder=tmp_path) for word in words)])
+    with pytest.raises(SystemExit, match="2"):
+        check.main()
+    assert message in capsys.readouterr().err

@@ -81,9 +81,7 @@ def test_the_sweep(place):
 
 
 def test_the_study(place):
-    """Where the command is part of the package: two betas of the three, and its results."""
-    if "study" not in cli.COMMANDS:
-        pytest.skip("fastdpo study is no command yet")
+    """Two betas of the three, and its results."""
     (study,) = blocks("bash", "fastdpo study")
     shell(place, study.replace("max_steps: 20", "max_steps: 2").replace("0.03, 0.1, 0.3", "0.03, 0.3"))
     cells = [json.loads(path.read_text()) for path in (place / "study" / "cells").glob("*.json")]
@@ -110,7 +108,7 @@ def test_every_command_is_one():
     """Also those that are not run here: their commands and options exist."""
     for code in blocks("bash", "fastdpo "):
         for command in re.findall(r"^ *fastdpo (\w+)", code, flags=re.MULTILINE):
-            assert command in cli.COMMANDS or command == "study"
+            assert command in cli.COMMANDS
     (line,) = blocks("bash", "fastdpo bench")
     words = line.replace('"', "").split()[2:]
     options = parser().parse_args(words)

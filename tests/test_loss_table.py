@@ -198,7 +198,7 @@ def test_a_module_asks_its_schedule_at_the_call_alone() -> None:
 
 
 def test_losses_are_named_in_their_table_alone() -> None:
-    """Elsewhere only the fused kernel of the sigmoid loss, the peers' interfaces and the defaults of signatures."""
+    """Elsewhere only the fused kernel of the sigmoid loss, the peers' interfaces and the defaults of signatures and fields."""
     package = Path(fastdpo.__file__).parent
     found = []
     for path in sorted(package.rglob("*.py")):
@@ -212,6 +212,8 @@ def test_losses_are_named_in_their_table_alone() -> None:
             if isinstance(function, ast.FunctionDef)
             for node in (*function.args.defaults, *function.args.kw_defaults)
         }
+        fields = [node.value for node in ast.walk(tree) if isinstance(node, ast.AnnAssign) and node.value]
+        defaults |= {node for field in fields for node in ast.walk(field)}
         for node in ast.walk(tree):
             if isinstance(node, ast.Constant) and node.value in LOSSES and node not in defaults:
                 found.append(f"{place}:{node.lineno} {node.value}")

@@ -59,8 +59,11 @@ def device_of(name: str) -> torch.device:
         return device
     if not torch.cuda.is_available():
         raise BenchError(f"--device {name}: torch sees no GPU; `fastdpo doctor` says more")
-    torch.cuda.set_device(device)
-    return torch.device("cuda", torch.cuda.current_device())
+    index, count = torch.cuda.current_device() if device.index is None else device.index, torch.cuda.device_count()
+    if index >= count:
+        raise BenchError(f"--device {name}: expected an index below {count}, the number of GPUs that torch sees")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def head_of(options: argparse.Namespace) -> Head:
@@ -81,6 +84,20 @@ def head_of(options: argparse.Namespace) -> Head:
         raise BenchError(f"MODEL {options.model}: no config: {str(error).strip().splitlines()[0]}") from None
     text = config.get_text_config()
     return Head(text.vocab_size, text.hidden_size, config)
+
+
+def check_memory(options: argparse.Namespace, head: Head) -> None:
+    """Raise BenchError where the inputs would not fit the memory that is free."""
+    import psutil
+
+    # Peaked and dense, one of them in float32 before it is rounded
+    each = head.width * (2 * DTYPES[options.dtype].itemsize + 4)
+    needed, free = (head.vocab + (options.tokens or 0)) * each, psutil.virtual_memory().available
+    if needed > free:
+        given = [("--hidden", head.width), ("--vocab", head.vocab), ("--tokens", options.tokens)]
+        words = " ".join(f"{name} {value}" for name, value in given if value is not None)
+        sizes = f"inputs of {needed / 2**30:,.1f} GiB, expected at most {free / 2**30:.1f}, which are free"
+        raise BenchError(f"{words}: {sizes}")
 
 
 def _positive(text: str) -> int:

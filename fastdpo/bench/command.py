@@ -21,7 +21,7 @@ import torch
 
 from .. import backend
 from . import report
-from .arguments import DTYPES, device_of, head_of, parser
+from .arguments import DTYPES, check_memory, device_of, head_of, parser
 from .isolated import LOADING, Contender
 from .measure import machine
 from .providers import PACKAGES, PROVIDERS, Batch
@@ -32,7 +32,7 @@ DEFAULT = tuple(name for name in PROVIDERS if name != "fastdpo exact, kept")
 # Whose cost depends on how peaked the softmax is. CCE skips blocks of small gradients in its Triton kernels alone
 PEAKED_MATTERS = {"cpu": ("fastdpo",), "cuda": ("fastdpo", "CCE")}
 SECONDS = 105.0  # of everything, where the user does not say how many tokens
-RUNNING = 50.0  # of them for the runs; the rest for loading
+RUNNING = 50.0  # of them for the runs; the rest for loading and checking
 PRODUCTS = 6  # forward products that a run takes, about, as a mean over the contenders
 RUNS = 3  # of each contender that are planned for, where tokens are chosen
 TOKENS = (256, 8192)  # chosen: fewer are no training step, more show nothing else
@@ -68,12 +68,13 @@ def bench(options: argparse.Namespace) -> dict[str, Any]:
 
     started = time.perf_counter()
     device, dtype, head = device_of(options.device), DTYPES[options.dtype], head_of(options)
+    check_memory(options, head)
     gpu = device.type == "cuda"
     present, left_out = installed(dict.fromkeys([report.FAST, *(options.contenders or DEFAULT)]))
     backend.load("triton" if gpu else "cpu")  # built on first use, which can take a minute
     product = product_seconds(head.vocab, head.width, dtype, device)
     fitting = int(RUNNING / ((len(present) + 1) * RUNS * PRODUCTS * product)) // 64 * 64
-    work = work_of(options, head, options.tokens or min(max(fitting, TOKENS[0]), TOKENS[1]), dtype)
+    work = work_of(options, head, options.tokens or min(max(fitting, TOKENS[0]), TOKENS[1]), dtype, device)
     first, *others = work.batches
     tokens = len(work.batches[first].labels)
     matters = PEAKED_MATTERS[device.type]

@@ -15,7 +15,7 @@ CHECKED_TOKENS = 256
 # Relative errors of logps and of each gradient. bf16: eager's gradients are at 1.5e-2; Liger, which rounds the logps of
 # whole sequences, at 6e-2
 WRONG = {torch.bfloat16: 0.1, torch.float16: 0.1, torch.float32: 1e-3}
-_AT_ONCE = 1 << 24  # elements that are compared in float64
+_AT_ONCE = 1 << 24  # elements that are compared
 
 
 class WrongResult(AssertionError):
@@ -31,14 +31,32 @@ def check(name: str, result: Tensor, truth: Tensor, tolerance: float) -> float:
     if result.shape != truth.shape:
         raise WrongResult(f"{name}: shape {list(result.shape)}, expected {list(truth.shape)}; its time is not reported")
     off = total = 0.0
+    wide = torch.promote_types(truth.dtype, torch.float32)
     for ours, theirs in zip(result.flatten().split(_AT_ONCE), truth.flatten().split(_AT_ONCE), strict=True):
-        exact = theirs.double()
-        off += (ours.double() - exact).square().sum().item()
-        total += exact.square().sum().item()
+        off += _sum_of_squares(ours.to(wide) - theirs.to(wide))
+        total += _sum_of_squares(theirs)
     error = (off / total if total else off) ** 0.5
     if not error <= tolerance:
         raise WrongResult(f"{name}: relative error {error:.2e} above {tolerance:.0e}; its time is not reported")
     return error
+
+
+def _sum_of_squares(values: Tensor) -> float:
+    return torch.linalg.vector_norm(values.detach(), dtype=torch.float64).item() ** 2
+
+
+def check_apart(name: str, logps: Tensor, truth: Tensor, counted: Tensor, tolerance: float) -> None:
+    """Raise WrongResult for logps that do not tell tokens apart as the truth does, e.g. all the same.
+
+    Where the softmax is flat, every logp is about -log V, and so near to it in relative terms.
+    """
+    if not counted.any():
+        return
+    truth = truth[counted].double()
+    off = (logps[counted].double() - truth).square().mean().sqrt().item()
+    most = tolerance * max(1.0, truth.std(correction=0).item())
+    if not off <= most:
+        raise WrongResult(f"{name}, logps: {off:.2g} nats off, at most {most:.2g} allowed; its time is not reported")
 
 
 class Gate(Generic[AnyBatch]):
@@ -86,6 +104,7 @@ class Gate(Generic[AnyBatch]):
         apart = (result[0].double() - truth[0].double()).abs().mean().item()
         if name != "Liger":
             check(f"{name}, logps", result[0], truth[0], allowed)
+            check_apart(name, result[0], truth[0], part.labels >= 0, allowed)
         elif not apart <= allowed * max(1.0, truth[0].item()):
             raise WrongResult(f"{name}: loss {result[0].item():g}, expected {truth[0].item():g}; not reported")
         found = [apart]

@@ -100,13 +100,13 @@ class Contender:
         except TimeoutError:
             raise Failed(f"more than {limit:g} s") from None
 
-    def check(self, limit: float | None = None) -> None:
-        """Raise Failed where its results on a part of the inputs are wrong, or take more than `limit` seconds."""
+    def check(self, timeout: float = LOADING) -> None:
+        """Raise Failed where its results on a part of the inputs are wrong, or do not come."""
         self.ready()
         try:
-            wrong = self._ask("check", limit)["wrong"]
+            wrong = self._ask("check", timeout)["wrong"]
         except TimeoutError:
-            raise Failed(f"more than {limit:g} s") from None
+            raise Failed(f"more than {timeout:.0f} s for {CHECKED_TOKENS} tokens") from None
         if wrong is not None:
             raise Failed(f"refused, {wrong}")
 
@@ -184,7 +184,7 @@ def run_alone(
 
 def warm_up(name: str, batch: Batch | LogitsBatch, needs: str) -> None:
     """Libraries are loaded, and torch.compile has seen that N varies."""
-    for few in (8, 12) if name in COMPILED else (8,):
+    for few in (8, 12) if name in COMPILED else (2,):
         run(name, first_tokens(batch, few), needs)
 
 

@@ -8,11 +8,13 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from .gate import WrongResult
 from .isolated import Failed, Outcome, run_here, verify, warm_up
 from .measure import alternate, cost_on
 from .providers import Batch
 
 ROWS = 256  # of the product that is timed alone
+SLOWER = 5  # times the first runner's check, or the limit of a run: what each of the others' may take
 
 
 class Entry(NamedTuple):
@@ -26,7 +28,7 @@ class Runner(Protocol):
     """isolated.Contender, or Here."""
 
     def ready(self, timeout: float) -> float: ...
-    def check(self, limit: float | None = None) -> None: ...
+    def check(self, timeout: float) -> None: ...
     def run(self, limit: float | None = None) -> Outcome: ...
     def close(self) -> None: ...
 
@@ -41,7 +43,7 @@ class Here:
         self._try(lambda: warm_up(self._name, self._batch, self._needs))
         return 0.0
 
-    def check(self, limit: float | None = None) -> None:
+    def check(self, timeout: float) -> None:
         self._try(lambda: verify(self._name, self._batch, self._needs))
 
     def run(self, limit: float | None = None) -> Outcome:
@@ -66,7 +68,7 @@ class Here:
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             raise Failed("memory") from None
-        except AssertionError as error:
+        except WrongResult as error:
             raise Failed(f"refused, {error}") from None
         except Exception as error:  # a contender's own: the others go on
             said = (str(error).strip() or "no message").splitlines()[0]
@@ -104,12 +106,15 @@ def race(
         except Failed as failed:
             fail(entry, failed)
     # Only now, so that no process loads while another one is timed
+    patience = loading
     for entry, runner in runners.items():
         if entry in outcomes:
             continue
         progress(f"{entry.contender}: checked, first run")
         try:
-            runner.check(limit)
+            begin = time.perf_counter()
+            runner.check(patience)
+            patience = min(patience, max(limit, SLOWER * (time.perf_counter() - begin)))
             outcomes[entry] = runner.run(limit)
         except Failed as failed:
             fail(entry, failed)

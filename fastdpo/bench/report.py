@@ -96,28 +96,39 @@ def achieved(outcomes: Mapping[Entry, Outcome], shape: Shape, ceilings: Ceilings
 
 
 def sentence(outcomes: Mapping[Entry, Outcome], left_out: Mapping[str, str]) -> str:
-    """What it comes to; against what TRL runs, if that was measured."""
+    """What it comes to: against what TRL runs, if that was measured, and against the fastest of the others."""
     base = baseline(outcomes)
     fast = {e.kind: o for e, o in outcomes.items() if e.contender == FAST}
     if base is None or any(outcome.failed for outcome in fast.values()):
         return "There is nothing to compare fastdpo's head with on this machine."
     first = outcomes[base]
     assert first.seconds and first.mib is not None
-    shares = {}
-    for kind, outcome in fast.items():
-        assert outcome.seconds is not None and outcome.mib is not None
-        memory = f"{outcome.mib / first.mib:.0%}" if first.mib > 0 else "all"
-        shares[kind] = f"{outcome.seconds / first.seconds:.0%} of the time and {memory} of the memory"
+    shares = {kind: "{} of the time and {} of the memory".format(*_shares(o, first)) for kind, o in fast.items()}
     than = BASELINES.get(base.contender, f"{base.contender}'s")
     kinds = list(shares)
     text = f"On this machine fastdpo's head takes {shares[kinds[0]]} of {than}"
     if len(kinds) > 1:
         text += f" where the softmax is {kinds[0]}, as a trained model's is, "
         text += f"and {shares[kinds[1]]} where it is {kinds[1]}"
+    others = {e: o.seconds for e, o in outcomes.items() if o.seconds and not e.contender.startswith(FAST)}
+    best = min(others, key=others.__getitem__)
+    if best != base:
+        alike = {kind: Entry(best.contender, kind) for kind in kinds}  # on the same inputs, where it has a time
+        found = [
+            "{} and {}".format(*_shares(fast[kind], outcomes[entry if entry in others else best]))
+            for kind, entry in alike.items()
+        ]
+        text += f"; of those of the fastest other, {best.contender}, {' or '.join(found)}"
     missing = next((name for name in BASELINES if name in left_out or _failed(name, outcomes)), None)
     if missing == "TRL 1.16":
         text += "; TRL's was not measured, as said above"
     return f"{text}."
+
+
+def _shares(outcome: Outcome, of: Outcome) -> tuple[str, str]:
+    """Of another's time and memory."""
+    assert outcome.seconds is not None and outcome.mib is not None and of.seconds and of.mib is not None
+    return f"{outcome.seconds / of.seconds:.0%}", f"{outcome.mib / of.mib:.0%}" if of.mib > 0 else "all"
 
 
 def _failed(name: str, outcomes: Mapping[Entry, Outcome]) -> bool:

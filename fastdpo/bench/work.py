@@ -19,11 +19,11 @@ class Work(NamedTuple):
     notes: list[str]
 
 
-def work_of(options: argparse.Namespace, head: Head, tokens: int, dtype: torch.dtype) -> Work:
+def work_of(options: argparse.Namespace, head: Head, tokens: int, dtype: torch.dtype, device: torch.device) -> Work:
     """Hidden states of the model on the data, or on text of its own; where it has no weights here, random ones.
 
     Raises:
-        BenchError: data for a model without weights.
+        BenchError: data for a model without weights; a model that does not fit the device.
         ValueError, OSError: data or a model that cannot be read.
     """
     notes: list[str] = []
@@ -33,7 +33,13 @@ def work_of(options: argparse.Namespace, head: Head, tokens: int, dtype: torch.d
         if head_transform(head.config).softcap is not None:
             notes.append("the model's softcap is left out, for every contender")
         if weights_at_hand(options.model):
-            return _real(options, tokens, dtype, notes)
+            try:
+                return _real(options, tokens, dtype, device, notes)
+            except torch.OutOfMemoryError:
+                raise BenchError(
+                    f"MODEL {options.model}: does not fit {device}; expected one that does, --device cpu, "
+                    f"or the sizes of its head: --hidden {head.width} --vocab {head.vocab}"
+                ) from None
         if options.data is not None:
             raise BenchError(f"--data {options.data}: the weights of {options.model} are not on this machine")
         notes.append(f"the weights of {options.model} are not on this machine: only its sizes count here")
@@ -53,11 +59,11 @@ def weights_at_hand(model: str) -> bool:
     return any(isinstance(try_to_load_from_cache(model, name), str) for name in names)
 
 
-def _real(options: argparse.Namespace, tokens: int, dtype: torch.dtype, notes: list[str]) -> Work:
+def _real(options: argparse.Namespace, tokens: int, dtype: torch.dtype, device: torch.device, notes: list[str]) -> Work:
     if options.data is None:
-        batch = inputs.sampled_batch(options.model, tokens, dtype)
+        batch = inputs.sampled_batch(options.model, tokens, dtype, device)
         words = f"hidden states of {options.model} on text that it sampled itself (your own: --data pairs.jsonl)"
         return Work({"sampled": batch}, words, notes)
     exact = options.tokens is not None
-    batch = inputs.real_batch(options.model, options.data, 0, 1024, tokens, dtype, exact)
+    batch = inputs.real_batch(options.model, options.data, 0, 1024, tokens, dtype, exact, device)
     return Work({"real": batch}, f"hidden states of {options.model} on the completions of {options.data}", notes)

@@ -79,6 +79,10 @@ LOSSES: dict[str, Loss] = {
 }
 
 
+# Those of TRL's DPOTrainer; for the others it has trainers of their own, or none
+TRL_LOSSES = tuple(name for name in LOSSES if name not in ("kto", "cpo", "simpo", "orpo"))
+
+
 def find_loss(loss_type: str | LossFunction, among: Mapping[str, Loss] = LOSSES) -> Loss:
     """The row of a name; a row of its own for a callable, which may use every option. among: what an error names.
 

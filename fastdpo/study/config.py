@@ -13,15 +13,15 @@ from typing import Any
 from ..cache.model import DTYPES
 from ..inputs import check_flag
 from ..losses.keywords import PARAMETERIZATIONS
-from ..losses.table import LOSSES, did_you_mean
+from ..losses.table import LOSSES, TRL_LOSSES, did_you_mean
 from ..options import check_number
 from .errors import StudyError
 from .mapping import build
 
 ROLES = ("start", "stronger", "weaker", "none", "other")
 START = "start"  # the policy before training, as a reference; always in the study's cache
-# TRL's trainer has no cpo, simpo, orpo and kto, and sft asks no reference anything
-LOSS_TYPES = tuple(name for name, row in LOSSES.items() if "parameterization" in row.uses and name != "kto")
+# sft asks no reference anything
+LOSS_TYPES = tuple(name for name in TRL_LOSSES if "parameterization" in LOSSES[name].uses)
 
 
 @dataclass(frozen=True)

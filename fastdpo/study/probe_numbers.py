@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..cache import Entries
-from ..losses import LOSSES, LossOptions, Pairs
+from ..losses import LossOptions, Pairs, sigmoid
 from .measures import clustered
 from .probe_scores import Scores
 
@@ -123,7 +123,7 @@ def start(policy: Scores, reference: Scores, betas: Sequence[float]) -> list[AtB
     logps.requires_grad_()
     found = []
     for beta in betas:
-        losses = LOSSES["sigmoid"](Pairs.split(logps, ref_logps, lengths), LossOptions(beta))
+        losses = sigmoid(Pairs.split(logps, ref_logps, lengths), LossOptions(beta))
         (gradient,) = torch.autograd.grad(losses.sum(), logps)
         # d loss / d log p(chosen) = -beta w
         weights = (-gradient.chunk(2)[0] / beta).numpy()
