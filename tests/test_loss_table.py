@@ -198,7 +198,7 @@ def test_a_module_asks_its_schedule_at_the_call_alone() -> None:
 
 
 def test_losses_are_named_in_their_table_alone() -> None:
-    """Elsewhere only the fused kernel of the sigmoid loss, the peers' interfaces and the defaults of signatures and fields."""
+    """Elsewhere: the fused kernel of the sigmoid loss, the peers' interfaces, defaults of signatures and fields."""
     package = Path(fastdpo.__file__).parent
     found = []
     for path in sorted(package.rglob("*.py")):
