@@ -17,7 +17,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     """Left: measured under each budget, hatched where memory did not end the search, a line where the memory model
     ends it. Right: computed for GPUs."""
     with matplotlib.rc_context(STYLE):
-        names = list(dict.fromkeys(p["contender"] for p in found["points"]))[::-1]
+        names = list(dict.fromkeys(p["contender"] for p in (*found["points"], *found["gpu"])))[::-1]
         figure = Figure(figsize=(12, 1.8 + 0.7 * len(names)), layout="constrained")
         measured, computed = figure.subplots(1, 2, sharey=True)
         budgets = sorted({p["memory_mib"] for p in found["points"]})
