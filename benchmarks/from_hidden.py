@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,6 +24,8 @@ from fastdpo.bench.inputs import dense_batch, real_batch
 from fastdpo.bench.isolated import run_alone
 from fastdpo.bench.measure import alternate, machine
 from fastdpo.bench.providers import NEEDS, PROVIDERS, run
+
+from .group import product_alone
 
 
 def main() -> None:
@@ -56,13 +59,7 @@ def main() -> None:
         except (ImportError, WrongResult) as error:
             print(f"{name}: left out ({error})")
 
-    buffer = batch.hidden.new_empty((256, vocab))
-
-    def product() -> None:
-        for tile in batch.hidden.split(256):
-            torch.mm(tile, batch.weight.T, out=buffer[: len(tile)])
-
-    calls = {"forward product alone": product}
+    calls: dict[str, Callable[[], object]] = {"forward product alone": product_alone(batch)}
     calls |= {name: lambda name=name: run(name, batch, needs) for name in checked}
     seconds = alternate(calls, options.rounds)
     print(f"{'':24}{'seconds':>9}{'x product':>11}{'MiB':>9}{'logp error':>12}{'dX error':>10}{'dW error':>10}")

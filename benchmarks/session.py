@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import time
 from typing import Any
 
@@ -12,6 +11,7 @@ from tqdm import tqdm
 
 from fastdpo.bench.gate import Gate
 from fastdpo.bench.measure import alternate, machine
+from fastdpo.system import installed_version
 
 from .cases import Case, Machine, Shape, fit
 from .group import MEMORY_SECONDS, Result, contenders, measure
@@ -122,10 +122,4 @@ def rates() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    found = {"fastdpo": importlib.metadata.version("fastdpo")}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    return {package: installed_version(package) or "not installed" for package in ("fastdpo", *PACKAGES)}

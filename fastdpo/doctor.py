@@ -7,7 +7,6 @@ eager backend.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import os
 import platform
 import subprocess
@@ -17,6 +16,7 @@ from collections.abc import Sequence
 import torch
 
 from . import __version__, backend, token_logps
+from .system import installed_version
 
 _ROWS, _VOCAB = 64, 4099  # ragged: no multiple of a vector or block
 
@@ -51,10 +51,7 @@ def versions() -> list[tuple[str, str]]:
     """(what, which) of everything that decides which kernels run."""
     found = [("fastdpo", __version__), ("python", platform.python_version()), ("torch", torch.__version__)]
     for package in ("triton", "transformers", "trl"):
-        try:
-            found.append((package, importlib.metadata.version(package)))
-        except importlib.metadata.PackageNotFoundError:
-            found.append((package, "not installed"))
+        found.append((package, installed_version(package) or "not installed"))
     found.append(("compiler", _compiler()))
     found.append(("CPU", f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores"))
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

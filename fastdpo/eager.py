@@ -23,7 +23,7 @@ def unavailable() -> str | None:
     return None
 
 
-def _transformed(raw: Tensor, transform: Transform) -> tuple[Tensor, Tensor | float]:
+def transformed(raw: Tensor, transform: Transform) -> tuple[Tensor, Tensor | float]:
     """(z, dz/draw), both in the result dtype: z = softcap * tanh(raw * scale / softcap) / temperature."""
     scale, softcap, temperature = transform
     z = raw.to(result_dtype(raw.dtype))
@@ -48,7 +48,7 @@ def row_forward(
     names = ("logps", "lse", *stats)
     out = [targets.new_zeros(targets.shape, dtype=torch.bool if n == "is_top1" else dtype) for n in names]
     for block in _row_blocks(targets, vocab):
-        z, _ = _transformed(logits[block // rows, block % rows], transform)
+        z, _ = transformed(logits[block // rows, block % rows], transform)
         y = targets[block]
         target_z = z.gather(1, y[:, None].clamp(max=vocab - 1)).squeeze(1).masked_fill(y >= vocab, 0)
         lse = torch.logsumexp(z, dim=1)
@@ -91,7 +91,7 @@ def row_backward(
     for group in range(logits.shape[0]):
         out[group][targets[group * rows : (group + 1) * rows] < 0] = 0
     for block in _row_blocks(targets, width):
-        z, slope = _transformed(logits[block // rows, block % rows], transform)
+        z, slope = transformed(logits[block // rows, block % rows], transform)
         log_p = z - lse[block, None]
         p = log_p.exp()
         grad = torch.zeros_like(z)
@@ -119,14 +119,14 @@ def column_mass(logits: Tensor, lse: Tensor, transform: Transform) -> Tensor:
     """logits `[n, V]`, lse `[n]` -> the probability that each column holds over the rows, `[V]`."""
     mass = lse.new_zeros(logits.shape[1])
     for block, block_lse in zip(logits.split(64), lse.split(64), strict=True):
-        mass += (_transformed(block, transform)[0] - block_lse[:, None]).exp().sum(0)
+        mass += (transformed(block, transform)[0] - block_lse[:, None]).exp().sum(0)
     return mass
 
 
 def column_probs(logits: Tensor, lse: Tensor, columns: Tensor, transform: Transform) -> tuple[Tensor, Tensor]:
     """logits `[n, V]`, lse `[n]`, columns int32 `[k]` -> softmax of those columns, `[k, n]` in logits' dtype; and the
     probability outside of them, `[n]`, from before that rounding."""
-    z, _ = _transformed(logits[:, columns], transform)
+    z, _ = transformed(logits[:, columns], transform)
     p = (z - lse[:, None]).exp()
     dropped = (1 - p.sum(1, dtype=torch.float64)).clamp(min=0).to(p.dtype)
     return p.t().to(logits.dtype, memory_format=torch.contiguous_format), dropped

@@ -30,8 +30,8 @@ def model(tmp_path_factory) -> str:
 
 def test_sizes_alone(tmp_path, capsys, monkeypatch):
     """Peaked and dense inputs; a contender whose package is not there is named with what to install."""
-    version = command._version
-    monkeypatch.setattr(command, "_version", lambda name: None if name == "trl" else version(name))
+    version = command.installed_version
+    monkeypatch.setattr(command, "installed_version", lambda name: None if name == "trl" else version(name))
     assert bench(*SMALL, "--contenders", "eager", "TRL 1.16", "--output", str(tmp_path / "out")) == 0
     out = capsys.readouterr().out
     lines = {line[:26].strip(): line[26:].split() for line in out.splitlines()}

@@ -11,16 +11,10 @@ pytest.importorskip("trl")
 
 import cache_kit as kit
 import pyarrow.parquet as pq
+from build_kit import PAIRS, tiny  # noqa: F401
 
 from fastdpo import cli
 from fastdpo.cache import ReferenceCache
-
-PAIRS = kit.rows(10)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return kit.save_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture

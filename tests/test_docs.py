@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
-import re
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from docs_kit import ROOT, blocks
 
 import fastdpo
-
-ROOT = Path(__file__).parent.parent
 
 
 def examples(document: str) -> list[str]:
     """Its Python blocks that call fastdpo's losses on hidden states."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), flags=re.DOTALL)
-    return [block for block in blocks if "loss_type=" in block]
+    return [block for block in blocks(document) if "loss_type=" in block]
 
 
 def run(code: str) -> fastdpo.PreferenceOutput:

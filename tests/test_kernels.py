@@ -75,7 +75,7 @@ def test_a_target_on_another_rank(backend: str, vocab: int, transform: Transform
     kernels.row_backward(logits, elsewhere, there[0], there[1], None, weights, None, transform, 0, grad)
     truth = logits.double().requires_grad_()
     eager.row_forward(truth, elsewhere, transform, ())  # the specification knows it too
-    z = eager._transformed(truth, transform)[0].flatten(0, 1)
+    z = eager.transformed(truth, transform)[0].flatten(0, 1)
     counted = (targets >= 0).double()
     (-(z.logsumexp(1)) * weights * counted).sum().backward()
     torch.testing.assert_close(grad, truth.grad.float(), rtol=1e-4, atol=1e-5)

@@ -47,7 +47,7 @@ def test_streamed_tile(vocab: int, tokens: int, weight_dtype: torch.dtype, trans
     assert nothing is None
     assert_close(again[0], truth[0], plain[0], unit=10)
     if compact is not None:
-        probs = torch.softmax(eager._transformed(logits, transform)[0], dim=1)[:, compact.columns].T
+        probs = torch.softmax(eager.transformed(logits, transform)[0], dim=1)[:, compact.columns].T
         found = filled(compact).probs.double()
         assert len(compact.entries) == found.count_nonzero()
         torch.testing.assert_close(found, torch.where(probs > TOL * 2**-15, probs, 0), rtol=2**-8, atol=1e-7)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
 import json
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 
 from .. import backend
+from ..system import installed_version
 from . import report
 from .arguments import DTYPES, check_memory, device_of, head_of, parser
 from .isolated import LOADING, Contender
@@ -127,7 +127,7 @@ def installed(names: Iterable[str]) -> tuple[list[str], dict[str, str]]:
     present: list[str] = []
     left_out: dict[str, str] = {}
     for name in names:
-        if name in PACKAGES and _version(PACKAGES[name]) is None:
+        if name in PACKAGES and installed_version(PACKAGES[name]) is None:
             left_out[name] = f"not installed: pip install {PACKAGES[name]}"
         else:
             present.append(name)
@@ -169,14 +169,7 @@ def _runner(entry: Entry, batches: dict[str, Batch], needs: str, device: torch.d
 def _versions() -> dict[str, str]:
     from ..doctor import versions
 
-    return dict(versions()) | {package: _version(package) or "not installed" for package in PACKAGES.values()}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return dict(versions()) | {package: installed_version(package) or "not installed" for package in PACKAGES.values()}
 
 
 if __name__ == "__main__":

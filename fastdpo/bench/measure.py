@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..memory import peak_memory_mib, resident_memory_mib
+from ..system import processor
 
 
 class Cost(NamedTuple):
@@ -106,11 +106,5 @@ def data_mib() -> float:
 
 def machine() -> str:
     """One line: what the figures were taken on."""
-    cpu = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo") as lines:
-            cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
     capability = torch.backends.cpu.get_cpu_capability()
-    return f"{cpu}, {torch.get_num_threads()} threads, {capability}, torch {torch.__version__}"
+    return f"{processor()}, {torch.get_num_threads()} threads, {capability}, torch {torch.__version__}"

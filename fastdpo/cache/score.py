@@ -44,12 +44,7 @@ class Scorer:
         scored = [i for i, sequence in enumerate(sequences) if sequence.counted.any()]
         if not scored:
             return logps
-        length = max(len(sequences[i].ids) for i in scored)
-        ids = np.zeros((len(scored), length), np.int64)
-        attended, counted = np.zeros((2, *ids.shape), np.bool_)
-        for row, i in enumerate(scored):
-            n = len(sequences[i].ids)
-            ids[row, :n], attended[row, :n], counted[row, :n] = sequences[i].ids, True, sequences[i].mask
+        ids, attended, counted = padded([sequences[i] for i in scored])
         vocabulary = self._model.get_input_embeddings().num_embeddings
         if ids.max() >= vocabulary or ids.min() < 0:
             raise CacheError(f"token id {ids.max()}: the model has {vocabulary}; is it another model's tokenizer?")
@@ -107,3 +102,13 @@ class Scorer:
                 f"model: {type(self._model).__name__} does not make its logits of head(last_hidden_state), softcap "
                 f"{self._reference.softcap} and scale {self._reference.logit_scale}: logps differ by {error:.3g}"
             )
+
+
+def padded(sequences: list[Sequence]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """ids int64, attended and counted bool, each `[n, T]`, padded on the right."""
+    ids = np.zeros((len(sequences), max(len(one.ids) for one in sequences)), np.int64)
+    attended, counted = np.zeros((2, *ids.shape), np.bool_)
+    for row, one in enumerate(sequences):
+        n = len(one.ids)
+        ids[row, :n], attended[row, :n], counted[row, :n] = one.ids, True, one.mask
+    return ids, attended, counted

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ..cache.key import Sequence
-from ..eager import _transformed
+from ..cache.score import padded
+from ..eager import transformed
 from ..evaluating import evaluating
 from ..integrations.head_transform import head_transform
 from ..options import Transform
@@ -37,12 +38,7 @@ def hidden_states(model: Any, sequences: list[Sequence]) -> Tensor:
     found = []
     with evaluating(model):
         for batch in _batches(sequences):
-            length = max(len(one.ids) for one in batch)
-            ids = np.zeros((len(batch), length), np.int64)
-            attended, counted = np.zeros((2, *ids.shape), np.bool_)
-            for row, one in enumerate(batch):
-                n = len(one.ids)
-                ids[row, :n], attended[row, :n], counted[row, :n] = one.ids, True, one.mask
+            ids, attended, counted = padded(batch)
             given = [torch.from_numpy(array).to(model.device) for array in (ids, attended.astype(np.int64), counted)]
             hidden = base.base_model(input_ids=given[0], attention_mask=given[1], use_cache=False).last_hidden_state
             found.append(hidden[:, :-1][given[2][:, 1:]])
@@ -87,4 +83,4 @@ def _log_probs(model: Any, hidden: Tensor, vocabulary: int) -> Tensor:
     """float32 `[n, V]`, the head's transform included."""
     softcap, scale = head_transform(model.config)
     logits = model.get_output_embeddings()(hidden)[:, :vocabulary]
-    return _transformed(logits, Transform(scale, softcap))[0].log_softmax(-1)
+    return transformed(logits, Transform(scale, softcap))[0].log_softmax(-1)

@@ -10,17 +10,16 @@ import contextlib
 import dataclasses
 import json
 import os
-import platform
 import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
 from ..cache.claims import LEASE, SUFFIX, Claims, live
+from ..system import installed_version, processor
 from . import data, results
 from .cells import Cell, runs
 from .config import START, StudyConfig, local, of_study, to_dict
@@ -165,20 +164,13 @@ def places(study: dict[str, Any]) -> list[Place]:
 
 def machine() -> str:
     """Processor and number of cores."""
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line for line in lines if line.startswith("model name")).partition(": ")[2]
-    return f"{name}, {os.cpu_count()} cores"
+    return f"{processor()}, {os.cpu_count()} cores"
 
 
 def versions() -> dict[str, str]:
     """Of the libraries that the numbers depend on."""
-    found = {}
-    for name in _VERSIONS:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+    found = {name: installed_version(name) for name in _VERSIONS}
+    return {name: version for name, version in found.items() if version is not None}
 
 
 # --- jobs ------------------------------------------------------------------------------------------------------------

@@ -6,8 +6,6 @@ hash. Prompts and tokens are data: JSON in which no tag can begin, put into the 
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -19,6 +17,7 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from ..cache import files
+from .page import source_hash
 from .tokens import TokenRow, TokenSide
 
 # What would end the data's script element, or begin another; < is \\u003c in JSON's strings, and stands nowhere else
@@ -49,7 +48,7 @@ def write(path: Path, rows: Sequence[TokenRow], title: str, notes: Sequence[str]
     # Escaped to ASCII: so are U+2028, U+2029 and halves of surrogate pairs
     data_text = json.dumps(data, separators=(",", ":"), allow_nan=False).translate(_INERT)
     style, script = (_asset(f"token_page.{kind}") for kind in ("css", "js"))
-    policy = f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'"
+    policy = f"default-src 'none'; style-src '{source_hash(style)}'; script-src '{source_hash(script)}'"
     policy += "; base-uri 'none'; form-action 'none'"
     inert = {"style": Markup(style), "script": Markup(script), "data": Markup(data_text)}
     template = Environment(autoescape=True, trim_blocks=True).from_string(_asset("token_page.html"))
@@ -91,8 +90,3 @@ def _side(side: TokenSide) -> dict[str, Any]:
 
 def _asset(name: str) -> str:
     return resources(__package__).joinpath(name).read_text(encoding="utf-8").replace("\r\n", "\n")
-
-
-def _hash(text: str) -> str:
-    """As a content security policy names an inline script or style."""
-    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
