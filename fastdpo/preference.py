@@ -17,7 +17,7 @@ from .losses.recipe import Recipe, Sequences, make_recipe
 from .losses.table import did_you_mean
 from .options import head_options
 from .parallel import SequenceParallel, VocabParallel, check_parallel
-from .sequences import lengths, position_weights, reference_sums, sequence_sums
+from .sequences import check_places, lengths, position_weights, reference_sums, sequence_sums
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -87,7 +87,7 @@ def dpo_loss(
     """
     _check_known(dpo_loss, options)
     recipe = make_recipe(beta, loss_type, label_smoothing, options)
-    layout = _layout(labels, cu_seqlens, ignore_index, shift, sequence_parallel)
+    layout = _layout(labels, cu_seqlens, ignore_index, shift, sequence_parallel, recipe)
     ref = _reference(ref_logps, layout, recipe)
     tokens = token_logps(
         logits,
@@ -134,7 +134,7 @@ def linear_dpo_loss(
     """
     _check_known(linear_dpo_loss, options)
     recipe = make_recipe(beta, loss_type, label_smoothing, options)
-    layout = _layout(labels, cu_seqlens, ignore_index, shift, sequence_parallel)
+    layout = _layout(labels, cu_seqlens, ignore_index, shift, sequence_parallel, recipe)
     ref = _reference(ref_logps, layout, recipe)
     tokens = linear_token_logps(
         hidden,
@@ -179,7 +179,7 @@ def loss_of_tokens(
     """
     _check_known(loss_of_tokens, options)
     recipe = make_recipe(beta, loss_type, label_smoothing, options)
-    layout = _layout(labels, cu_seqlens, ignore_index, shift, sequence_parallel)
+    layout = _layout(labels, cu_seqlens, ignore_index, shift, sequence_parallel, recipe)
     if tokens.logps.shape != labels.shape:
         raise ValueError(f"tokens: shape {list(tokens.logps.shape)}, expected that of labels, {list(labels.shape)}")
     if recipe.use_weighting and tokens.log_sum_sq_probs is None:
@@ -244,8 +244,10 @@ def _layout(
     ignore_index: int,
     shift: bool,
     sequence_parallel: SequenceParallel | None,
+    recipe: Recipe,
 ) -> Layout:
     check_parallel("sequence_parallel", sequence_parallel, SequenceParallel)
+    check_places(recipe.ld_alpha, sequence_parallel)  # now, and not after the head has run
     return make_layout(labels, cu_seqlens, ignore_index, shift, sequence_parallel=sequence_parallel)
 
 

@@ -92,8 +92,7 @@ def position_weights(
         weights = constant("token_weights", weights, (weights.shape,), like)
     if ld_alpha is None:
         return weights
-    if layout.sequence_parallel is not None:
-        raise NotImplementedError("ld_alpha: with sequence_parallel no rank knows a token's place in its completion")
+    check_places(ld_alpha, layout.sequence_parallel)
     # LD-DPO: the first min(|y_w|, |y_l|) tokens of both sides weigh 1, the rest ld_alpha
     counts = lengths(layout, like, backend)
     shared = torch.minimum(*counts.chunk(2)).repeat(2)
@@ -101,6 +100,12 @@ def position_weights(
     verbose = (nth > spread(shared, layout.bounds, like.shape[0])).to(like.dtype)
     by_place = 1 - (1 - ld_alpha) * verbose
     return by_place if weights is None else weights * by_place
+
+
+def check_places(ld_alpha: float | None, sequence_parallel: SequenceParallel | None) -> None:
+    """Raise NotImplementedError for LD-DPO over split sequences."""
+    if ld_alpha is not None and sequence_parallel is not None:
+        raise NotImplementedError("ld_alpha: with sequence_parallel no rank knows a token's place in its completion")
 
 
 def spread(values: Tensor, bounds: Tensor, positions: int) -> Tensor:

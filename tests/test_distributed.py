@@ -100,3 +100,11 @@ def test_without_a_group() -> None:
     for make in (lambda: VocabParallel(5), SequenceParallel):
         with pytest.raises(RuntimeError, match="init_process_group"):
             make()
+
+
+def test_places_in_split_sequences_are_refused_before_the_head_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastdpo.preference.linear_token_logps", lambda *_, **__: pytest.fail("the head ran"))
+    labels = torch.zeros(2, 3, dtype=torch.long)
+    split = object.__new__(SequenceParallel)
+    with pytest.raises(NotImplementedError, match="ld_alpha: with sequence_parallel"):
+        fastdpo.linear_dpo_loss(torch.zeros(2, 3, 4), torch.zeros(5, 4), labels, ld_alpha=0.5, sequence_parallel=split)
