@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import cache_kit as kit  # skips where trl is missing
 import pytest
@@ -147,6 +148,17 @@ def test_what_a_contender_says_when_it_fails(tmp_path):
     torch.save((torch.zeros(2, 3),), tmp_path / "inputs.pt")
     with Contender("eager", tmp_path / "inputs.pt") as contender, pytest.raises(Failed, match="^TypeError: "):
         contender.run()
+
+
+@pytest.mark.parametrize(("number", "reason"), [(signal.SIGKILL, "memory"), (signal.SIGSEGV, "ended by SIGSEGV")])
+def test_a_contender_that_is_killed(tmp_path, number, reason):
+    """The kernel kills where memory ends; a crash is another thing."""
+    torch.save(tuple(inputs.random_batch("dense", 8, 64, 8, torch.float32)), tmp_path / "inputs.pt")
+    with Contender("eager", tmp_path / "inputs.pt") as contender:
+        contender.ready()
+        contender._process.send_signal(number)
+        with pytest.raises(Failed, match=f"^{reason}$"):
+            contender.run()
 
 
 def test_peaked_inputs_are_a_trained_models():

@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -73,6 +74,7 @@ class Contender:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, env=environment
         )
         self._held: float | None = None
+        self._limited = memory_mib is not None
 
     def ready(self, timeout: float = LOADING) -> float:
         """Wait until it is loaded and warmed up. MiB of data that it holds then: libraries and inputs (0: not known).
@@ -146,9 +148,12 @@ class Contender:
         code = self._process.wait()
         self._errors.seek(0)
         said = self._errors.read()
-        # The kernel kills, the allocator raises
-        if code < 0 or "memory" in said.lower() or "bad_alloc" in said:
+        # The kernel kills, the allocator raises; under a limit libraries also fall over a null pointer
+        ends = {signal.SIGKILL, signal.SIGABRT, signal.SIGBUS} | ({signal.SIGSEGV} if self._limited else set())
+        if -code in ends or "memory" in said.lower() or "bad_alloc" in said:
             return "memory"
+        if code < 0:
+            return f"ended by {signal.Signals(-code).name}"
         return (said.strip() or "no message").splitlines()[-1]
 
 
