@@ -193,8 +193,12 @@ def test_failed_cells_are_named_and_tried_again(world, tmp_path, capsys, monkeyp
     assert [cell.status for cell in study.cells] == ["done", "failed"]
     assert study.cells[1].error == "RuntimeError: the scorer is broken" and study.cells[1].measures == {}
     flag.unlink()
+    with (tmp_path / "scoring.py").open("a") as file:
+        file.write("# mended\n")
     assert cli.main(arguments) == 0
-    assert "2 runs, 1 of them done" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "2 runs, 1 of them done" in output
+    assert "scoring.py:score has changed; the cells so far are not scored again" in output
     assert [cell.status for cell in results.load(tmp_path / "DIR").cells] == ["done", "done"]
 
 

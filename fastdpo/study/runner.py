@@ -20,7 +20,7 @@ from typing import Any
 from .. import __version__
 from ..cache.claims import LEASE, SUFFIX, Claims, live
 from ..system import installed_version, processor
-from . import data, results
+from . import data, results, scorer
 from .cells import Cell, runs
 from .config import START, StudyConfig, local, of_study, to_dict
 from .errors import StudyError
@@ -96,7 +96,7 @@ def settle(config: StudyConfig, folder: Path) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of TRL's own defaults
         arguments(config, folder / "work")  # what TRL would refuse is refused now
-    found = data.fingerprint(data.read(config.data))
+    found, scored = data.fingerprint(data.read(config.data)), scorer.fingerprint(config.scorer)
     config = config.with_paths(lambda path: local(path, folder))
     quality = config.quality or ("score" if config.scorer else "reward accuracy on held-out pairs")
     config = dataclasses.replace(config, quality=quality)
@@ -107,6 +107,7 @@ def settle(config: StudyConfig, folder: Path) -> dict[str, Any]:
     study = {
         **to_dict(dataclasses.replace(config, workers=workers, threads=threads)),
         "data_fingerprint": found,
+        "scorer_fingerprint": (before or {}).get("scorer_fingerprint", scored),
         "start": (before or {}).get("start"),
         "reference_measures": (before or {}).get("reference_measures", {}),
         "machine": (before or {}).get("machine") or machine(),
@@ -116,6 +117,10 @@ def settle(config: StudyConfig, folder: Path) -> dict[str, Any]:
     study = json.loads(json.dumps(study))  # tuples as lists, as they are read back
     if before is not None:
         _check_same(before, study, folder)
+        if study["scorer_fingerprint"] != scored:
+            print(
+                f"fastdpo study: {config.scorer} has changed; the cells so far are not scored again"
+            )
         if before["versions"] != versions():
             print(f"fastdpo study: the cells so far were made with {before['versions']}, those now with {versions()}")
     write_json(folder / "study.json", study)

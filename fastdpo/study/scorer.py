@@ -9,6 +9,7 @@ as text, `rows` the held-out pairs that the prompts are from.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import math
@@ -42,6 +43,13 @@ def load(scorer: str, trust_remote_code: bool = False) -> Scorer:
     if not callable(function):
         raise StudyError(f"scorer: {scorer} is no function, got {type(function).__name__}")
     return _checked(scorer, function)
+
+
+def fingerprint(scorer: str | None) -> str | None:
+    """A hash of a scorer that is a file's function, 32 hex digits; None for any other."""
+    path = Path((scorer or "").rpartition(":")[0])
+    known = path.suffix == ".py" and path.is_file()
+    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest() if known else None
 
 
 def _module(name: str) -> Any:
