@@ -253,3 +253,27 @@ def test_files_are_there_whole_or_not_at_all(tmp_path, monkeypatch):
     assert files.write_new(tmp_path / "another", b"new")
     assert stat.S_ISREG((tmp_path / "another").stat().st_mode)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["another", "file"]
+
+
+def test_what_is_written_is_on_disk_before_it_has_its_name_and_the_name_before_we_return(tmp_path, monkeypatch):
+    from fastdpo.cache import files
+    from fastdpo.cache.journal import Journal
+
+    events, real = [], {name: getattr(os, name) for name in ("fsync", "replace", "link")}
+
+    def fsync(descriptor):
+        status = os.fstat(descriptor)
+        events.append("folder" if stat.S_ISDIR(status.st_mode) else f"{status.st_size} bytes")
+        real["fsync"](descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    for name in ("replace", "link"):
+        monkeypatch.setattr(os, name, lambda *paths, name=name: (events.append(name), real[name](*paths)))
+    files.write(tmp_path / "a", b"four")
+    files.write_new(tmp_path / "b", b"five!")
+    assert events == ["4 bytes", "replace", "folder", "5 bytes", "link", "folder"]
+    events.clear()
+    files.write(tmp_path / "a", b"six", sync=False)
+    assert events == ["replace"]
+    Journal(tmp_path / "shards").written("shard")
+    assert events == ["replace", "20 bytes"]
