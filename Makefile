@@ -14,7 +14,7 @@ test: $(READY)
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
 
-# By lines, of fastdpo/, child processes included. Takes half as long again as `make test`. htmlcov/index.html
+# By lines, of fastdpo/, child processes included; longer than `make test`. htmlcov/index.html
 coverage: $(READY)
 	rm -rf .coverage .coverage.* htmlcov
 	$(BIN)/python -m pytest -n auto --dist loadgroup --cov=fastdpo --cov-report=html --cov-report=term:skip-covered \
