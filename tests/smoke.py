@@ -2,7 +2,7 @@
 
     python tests/smoke.py CHECKOUT
 
-The package must not come from the folder CHECKOUT. Exit code 1, with the reason, where something is wrong.
+The package must not be CHECKOUT/fastdpo. Exit code 1, with the reason, where something is wrong.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def check(name: str) -> None:
 
 def main(checkout: Path) -> None:
     place = Path(fastdpo.__file__).resolve()
-    assert not place.is_relative_to(checkout.resolve()), f"{place} is the checkout, not an installation"
+    assert place.parent != checkout.resolve() / "fastdpo", f"{place} is the checkout's, not an installation's"
     assert (place.parent / "py.typed").is_file()
     for command in cli.COMMANDS.values():
         assert importlib.util.find_spec(command.module), f"{command.module} is not in the wheel"
