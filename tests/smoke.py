@@ -57,8 +57,11 @@ def main(checkout: Path) -> None:
     place = Path(fastdpo.__file__).resolve()
     assert place.parent != checkout.resolve() / "fastdpo", f"{place} is the checkout's, not an installation's"
     assert (place.parent / "py.typed").is_file()
-    for command in cli.COMMANDS.values():
-        assert importlib.util.find_spec(command.module), f"{command.module} is not in the wheel"
+    for name, command in cli.COMMANDS.items():
+        module = place.parent.joinpath(*command.module.split(".")[1:]).with_suffix(".py")
+        assert module.is_file(), f"{module} is not in the wheel"
+        if any(importlib.util.find_spec(package) is None for package in command.needs):
+            assert cli.main([name]) == 1, f"fastdpo {name} goes on without {command.needs}"
     available = [name for name in ("cpu", "eager") if not isinstance(backend.load(name), str)]
     for name in available:
         check(name)
