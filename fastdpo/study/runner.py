@@ -118,9 +118,7 @@ def settle(config: StudyConfig, folder: Path) -> dict[str, Any]:
     if before is not None:
         _check_same(before, study, folder)
         if study["scorer_fingerprint"] != scored:
-            print(
-                f"fastdpo study: {config.scorer} has changed; the cells so far are not scored again"
-            )
+            print(f"fastdpo study: {config.scorer} has changed; the cells so far are not scored again")
         if before["versions"] != versions():
             print(f"fastdpo study: the cells so far were made with {before['versions']}, those now with {versions()}")
     write_json(folder / "study.json", study)
