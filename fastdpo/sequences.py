@@ -55,6 +55,7 @@ def sequence_logps(
         )
     if ld_alpha is not None:
         check_within("ld_alpha", ld_alpha, 0, 1)
+    check_places(ld_alpha, sequence_parallel)
     logps = torch.where(layout.counted, token_logps.reshape(-1), 0.0)
     weights = position_weights(layout, logps, token_weights, ld_alpha, backend)
     return sequence_sums(logps if weights is None else logps * weights, layout, backend)
@@ -92,7 +93,6 @@ def position_weights(
         weights = constant("token_weights", weights, (weights.shape,), like)
     if ld_alpha is None:
         return weights
-    check_places(ld_alpha, layout.sequence_parallel)
     # LD-DPO: the first min(|y_w|, |y_l|) tokens of both sides weigh 1, the rest ld_alpha
     counts = lengths(layout, like, backend)
     shared = torch.minimum(*counts.chunk(2)).repeat(2)

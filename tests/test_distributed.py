@@ -108,3 +108,5 @@ def test_places_in_split_sequences_are_refused_before_the_head_runs(monkeypatch:
     split = object.__new__(SequenceParallel)
     with pytest.raises(NotImplementedError, match="ld_alpha: with sequence_parallel"):
         fastdpo.linear_dpo_loss(torch.zeros(2, 3, 4), torch.zeros(5, 4), labels, ld_alpha=0.5, sequence_parallel=split)
+    with pytest.raises(NotImplementedError, match="ld_alpha: with sequence_parallel"):
+        fastdpo.sequence_logps(torch.zeros(2, 3), labels, ld_alpha=0.5, sequence_parallel=split)
