@@ -43,12 +43,11 @@ docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # dist/*.whl and *.tar.gz; the wheel, in an environment of its own with torch alone, passes the smoke test
-TORCH := $(shell sed -n 's/^torch==/torch==/p' requirements-dev.txt)
 wheel: $(READY)
 	rm -rf build dist
 	$(BIN)/python -m build --outdir dist
 	$(PYTHON) -m venv --clear build/clean
-	build/clean/bin/pip install --quiet --disable-pip-version-check $(TORCH)
+	build/clean/bin/pip install --quiet --disable-pip-version-check "$$(grep ^torch== requirements-dev.txt)"
 	build/clean/bin/pip install --quiet --disable-pip-version-check dist/*.whl
 	cd build/clean && bin/python ../../tests/smoke.py ../.. && bin/fastdpo --version
 
