@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -96,8 +95,12 @@ class LogSoftmax:
         targets: torch.Tensor,
         temperature: float,
         chunk_size: int,
-        *others: Any,
+        softcap: float | None,
+        logit_scale: float,
+        outputs: tuple[str, ...],
     ) -> tuple[torch.Tensor, ...]:
+        if softcap is not None or logit_scale != 1:
+            raise NotImplementedError(f"softcap {softcap}, logit_scale {logit_scale}: expected a head without them")
         logits = torch.nn.functional.linear(hidden, weight, bias) / temperature
         logps = logits.log_softmax(-1)
         of_targets = logps.gather(-1, targets.clamp(min=0)[:, None]).squeeze(-1) * (targets >= 0)
@@ -123,16 +126,15 @@ def growth(mib: list[float]) -> float:
     return float(np.polyfit(np.arange(half, len(mib)), mib[half:], 1)[0] * 1000)
 
 
-def picture(runs: dict[str, dict[str, Any]], path: Path) -> None:
+def picture(runs: dict[str, dict[str, Any]], losses_off: dict[str, np.ndarray], path: Path) -> None:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 3.8), layout="constrained")
         memory, apart = figure.subplots(1, 2)
         for name, run in runs.items():
             memory.plot(range(1, len(run["mib"]) + 1), run["mib"], color=RUNS[name], label=name, lw=1)
         memory.set(title="Resident memory, MiB", xlabel="step", ylim=(0, None))
-        for name in list(runs)[1:]:
-            off = np.abs(np.subtract(runs[name]["losses"], runs[TRUTH]["losses"])) + 1e-9
-            apart.semilogy(range(1, len(off) + 1), off, color=RUNS[name], lw=0.8, label=name)
+        for name, off in losses_off.items():
+            apart.semilogy(range(1, len(off) + 1), off + 1e-9, color=RUNS[name], lw=0.8, label=name)
         apart.set(title="Loss, distance from float64's", xlabel="step")
         for axes in (memory, apart):
             axes.legend()
@@ -163,13 +165,13 @@ def main() -> int:
     runs = {name: json.loads((folder / f"{name}.json").read_text()) for name in RUNS}
     found: dict[str, Any] = {"machine": machine(), "steps": options.steps}
     found["growth"] = {name: growth(run["mib"]) for name, run in runs.items()}
-    found["drift"] = {name: drift(folder, TRUTH, name) for name in list(RUNS)[1:]}
-    found["loss_apart"] = {
-        name: statistics.mean(abs(a - b) for a, b in zip(runs[name]["losses"], runs[TRUTH]["losses"], strict=True))
-        for name in list(RUNS)[1:]
+    losses_off = {
+        name: np.abs(np.subtract(run["losses"], runs[TRUTH]["losses"])) for name, run in runs.items() if name != TRUTH
     }
+    found["drift"] = {name: drift(folder, TRUTH, name) for name in losses_off}
+    found["loss_apart"] = {name: float(off.mean()) for name, off in losses_off.items()}
     (folder / "soak.json").write_text(json.dumps(found, indent=1) + "\n")
-    picture(runs, folder / "soak.png")
+    picture(runs, losses_off, folder / "soak.png")
     print(f"{machine()}; {options.steps} steps")
     print(f"{'':20}{'MiB per 1,000 steps':>20}{'weights off':>18}{'mean loss off':>20}")
     for name in RUNS:
