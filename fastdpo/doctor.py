@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{name:<14}{value}")
     print()
     healthy = True
-    for name in backend.BACKEND_MODULES:
+    for name in backend.BACKENDS:
         if name == "cpu":
             print("(the cpu backend is built on first use, which can take a minute)", flush=True)
         module = backend.load(name)
@@ -61,11 +61,12 @@ def versions() -> list[tuple[str, str]]:
 
 def self_check(name: str) -> list[tuple[torch.dtype, str | None]]:
     """(dtype, None or what is wrong) for each dtype that the backend takes on this machine."""
-    device = "cuda" if name == "triton" and torch.cuda.is_available() else "cpu"
+    row, accelerator = backend.BACKENDS[name], torch.accelerator.current_accelerator(check_available=True)
+    device = accelerator.type if accelerator is not None and accelerator.type in row.devices else "cpu"
     results: list[tuple[torch.dtype, str | None]] = []
-    for dtype in backend.DTYPES[name]:
+    for dtype in row.dtypes:
         # Triton's interpreter is not always right in bfloat16
-        if name == "triton" and device == "cpu" and dtype == torch.bfloat16:
+        if row.interpreter is not None and device == "cpu" and dtype == torch.bfloat16:
             continue
         try:
             results.append((dtype, _compare(name, device, dtype)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, TypedDict
 
+from .backend import BACKENDS
 from .batch import IGNORE_INDEX
 from .inputs import check_flag
 from .parallel import VocabParallel, check_parallel
@@ -13,7 +14,6 @@ STATS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs", "lse", "droppe
 INFINITY = float("inf")
 # Keywords of the head that a trainer's integration leaves to its user
 HEAD_KEYWORDS = ("grad_tol", "workspace_mb", "backend")
-BACKENDS = ("auto", "triton", "cpu", "eager")
 
 
 class Transform(NamedTuple):
@@ -78,8 +78,8 @@ def head_options(
     for name in stats:
         if name not in STATS:
             raise ValueError(f"stats: unknown stat {name!r}, expected names among {', '.join(STATS)}")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: unknown backend {backend!r}, expected one of {', '.join(BACKENDS)}")
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"backend: unknown backend {backend!r}, expected one of auto, {', '.join(BACKENDS)}")
     if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
         raise TypeError(f"ignore_index: expected an int, got {ignore_index!r}")
     for name, flag in (("shift", shift), ("inplace_backward", inplace_backward)):

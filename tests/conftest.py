@@ -12,10 +12,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: a thread tha
 import pytest
 import torch
 
-from fastdpo.backend import load
+from fastdpo.backend import BACKENDS, load
 
 
-@pytest.fixture(params=["eager", "cpu", "triton"])
+@pytest.fixture(params=list(BACKENDS))
 def backend(request: pytest.FixtureRequest) -> str:
     """Each backend that can run here; the others are skipped with their reason."""
     module = load(request.param)

@@ -258,7 +258,7 @@ def test_doctor_finds_a_wrong_kernel(capsys, monkeypatch):
         if logits.dtype == torch.float16:
             arguments[-1].mul_(1.01)
 
-    monkeypatch.setattr(backend, "BACKEND_MODULES", {"eager": "fastdpo.eager"})
+    monkeypatch.setattr(backend, "BACKENDS", {"eager": backend.BACKENDS["eager"]})
     monkeypatch.setattr(eager, "row_backward", wrong)
     assert doctor.main([]) == 1
     out = capsys.readouterr().out

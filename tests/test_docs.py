@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import re
+import sys
+from types import ModuleType
 
+import docs_kit
 import pytest
 import torch
 import torch.nn.functional as F
 from docs_kit import ROOT, blocks
 
 import fastdpo
+from fastdpo import eager
+from fastdpo.backend import BACKENDS, choose
 
 
 def examples(document: str) -> list[str]:
@@ -57,3 +63,28 @@ def test_the_table_is_current() -> None:
         margin = torch.linspace(-6, 6, 2001).double()
         loss, slope = make_losses.curve(name, margin)
         torch.testing.assert_close(torch.gradient(loss, spacing=(margin,))[0][1:-1], slope[1:-1], rtol=1e-2, atol=1e-2)
+
+
+def test_a_backend_as_contributing_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The functions that the page names and its row of the table make a backend that trains, and is taken by device."""
+    page = (ROOT / "docs" / "contributing.md").read_text(encoding="utf-8")
+    functions = page.partition("## A backend\n")[2].partition("Then a row of the table")[0]
+    mine = ModuleType("fastdpo.mine")
+    for name in re.findall(r"`(\w+)(?:\(\))?`[,;]", functions):
+        setattr(mine, name, getattr(eager, name))
+    monkeypatch.setitem(sys.modules, "fastdpo.mine", mine)
+    monkeypatch.setitem(BACKENDS, "mine", None)  # removed again after the test
+    assert len(blocks("docs/contributing.md")) == 2
+    docs_kit.run("docs/contributing.md", {"torch": torch}, only=slice(1, 2))
+    assert choose("auto", torch.device("xpu"), torch.bfloat16) is mine
+    weight, labels = torch.randn(503, 16), torch.randint(0, 503, (4, 7))
+    results = []
+    for backend in ("mine", "eager"):
+        hidden = (3 * weight[labels]).requires_grad_()
+        keywords = {"stats": ("entropy", "dropped_mass"), "grad_tol": 0.01, "backend": backend}
+        out = fastdpo.linear_dpo_loss(hidden, weight, labels, torch.zeros(4), **keywords)
+        assert out.stats.dropped_mass.any()  # compacted
+        results.append((out.loss, *torch.autograd.grad(out.loss, hidden)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    with pytest.raises(RuntimeError, match="backend='mine' cannot run: it has no kernels for torch.float16"):
+        fastdpo.token_logps(torch.zeros(2, 5).half(), torch.zeros(2).long(), backend="mine")
