@@ -16,6 +16,11 @@ from fastdpo import token_logps
 from fastdpo.backend import choose, load
 
 LOGITS, LABELS = torch.randn(3, 11), torch.tensor([1, -100, 10])
+# One loss after another: a backend that cannot be had is said once
+TWICE = """import torch, fastdpo
+for _ in range(2):
+    out = fastdpo.token_logps(torch.zeros(2, 4), torch.zeros(2).long())
+print(out.logps[0].item())"""
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -63,13 +68,25 @@ def test_a_failing_compiler_names_its_log(tmp_path: Path) -> None:
     compiler = tmp_path / "broken-c++"
     compiler.write_text("#!/bin/sh\necho this compiler is broken >&2\nexit 1\n")
     compiler.chmod(0o755)
-    code = "from fastdpo.backend import load; print(load('cpu'))"
-    done = run(code, FASTDPO_CACHE=str(tmp_path / "cache"), CXX=str(compiler))
+    done = run(TWICE, FASTDPO_CACHE=str(tmp_path / "cache"), CXX=str(compiler))
     (log,) = (tmp_path / "cache").iterdir()  # nothing half built is left
-    assert f"the C++ build failed with {compiler}; its output is in {log}" in done.stdout
+    assert float(done.stdout) == pytest.approx(-math.log(4)), done.stderr
+    assert done.stderr.count(f"the C++ build failed with {compiler}; its output is in {log}") == 1
     assert "this compiler is broken" in log.read_text()
-    wrong = run(code, FASTDPO_CACHE=str(tmp_path / "cache"), CXX="/nowhere/c++ -O2")
-    assert "no C++ compiler found: CXX='/nowhere/c++ -O2' is not a program" in wrong.stdout
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ("/nowhere/c++ -O2", "is not a program"),
+        (" ", "is not a program"),
+        ("c++ '-O2", "cannot be read (No closing quotation)"),
+    ],
+)
+def test_a_compiler_that_is_none(tmp_path: Path, given: str, why: str) -> None:
+    done = run(TWICE, FASTDPO_CACHE=str(tmp_path), CXX=given)
+    assert float(done.stdout) == pytest.approx(-math.log(4)), done.stderr
+    assert done.stderr.count(f"no C++ compiler found: CXX={given!r} {why}") == 1
 
 
 @pytest.mark.skipif(isinstance(load("cpu"), str), reason="no C++ compiler")
@@ -81,8 +98,7 @@ def test_a_built_library_needs_no_compiler(tmp_path: Path) -> None:
 
 def test_a_cache_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")  # a permission would not keep root out
-    code = "import torch, fastdpo; print(fastdpo.token_logps(torch.zeros(2, 4), torch.zeros(2).long()).logps[0].item())"
-    done = run(code, FASTDPO_CACHE=str(tmp_path / "file" / "cache"))
+    done = run(TWICE, FASTDPO_CACHE=str(tmp_path / "file" / "cache"))
     assert float(done.stdout) == pytest.approx(-math.log(4)), done.stderr
     assert done.stderr.count("the C++ library cannot be built in") == 1
     assert "set FASTDPO_CACHE to a folder that can be written" in done.stderr

@@ -92,8 +92,11 @@ def find_compiler() -> list[str]:
         BuildError: there is none.
     """
     if given := os.environ.get("CXX"):
-        words = shlex.split(given)
-        if shutil.which(words[0]) is None:
+        try:
+            words = shlex.split(given)
+        except ValueError as error:  # a quotation that does not end
+            raise BuildError(f"no C++ compiler found: CXX={given!r} cannot be read ({error})") from error
+        if not words or shutil.which(words[0]) is None:
             raise BuildError(f"no C++ compiler found: CXX={given!r} is not a program")
         return words
     for name in ("c++", "g++", "clang++"):
