@@ -229,7 +229,7 @@ class LinearTokenLogpsFunction(Function):
                 results, saved = tiles.forward(head, flat, targets, tuple(kernel_stats), needs)
         by_name = dict(zip(("logps", "lse", *kernel_stats), results, strict=True))
         if saved is not None and "dropped_mass" in options.stats:
-            by_name["dropped_mass"] = dropped_mass(saved, targets)
+            by_name["dropped_mass"] = dropped_mass(saved, targets, by_name["logps"].dtype)
             if options.vocab_parallel is not None:
                 options.vocab_parallel.sum_(by_name["dropped_mass"])
         ctx.saved_layout, kept = flatten(saved)

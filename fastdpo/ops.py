@@ -117,7 +117,7 @@ def linear_logps(hidden, weight, bias, targets, *rest):  # type: ignore[no-untyp
     # Exact: the backward computes the logits again
     needs = (need_hidden, need_weight, need_bias) if grad_tol > 0 else (False,) * 3
     results, kept = tiles.forward(head, hidden, targets, _names(stats), needs)
-    dropped = saved.dropped_mass(kept, targets).to(results[0].dtype)
+    dropped = saved.dropped_mass(kept, targets, results[0].dtype)
     return [*results, dropped, *saved.pack(kept, dtype, hidden.device)]
 
 

@@ -120,9 +120,9 @@ def _pool(field: str) -> str:
     return "probs" if field == "probs" else "int" if field in ("columns", "starts", "entries") else "float"
 
 
-def dropped_mass(saved: Saved | None, targets: Tensor) -> Tensor:
-    """`[N]` float32: probability that a token's gradient leaves out; 0 where it is exact."""
-    result = torch.zeros(targets.shape, dtype=torch.float32, device=targets.device)
+def dropped_mass(saved: Saved | None, targets: Tensor, dtype: torch.dtype) -> Tensor:
+    """`[N]`, of `dtype`: probability that a token's gradient leaves out; 0 where it is exact."""
+    result = torch.zeros(targets.shape, dtype=dtype, device=targets.device)
     if saved is not None:
         rows = counted(targets, saved)
         for first, last, kept in saved.tiles:

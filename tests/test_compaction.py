@@ -18,6 +18,7 @@ from fastdpo import compaction, eager, linear_token_logps, tiles
 from fastdpo.backend import load
 from fastdpo.compaction import choose_columns, hidden_error_bound
 from fastdpo.options import Transform
+from fastdpo.saved import unflatten
 
 
 def test_choose_columns() -> None:
@@ -282,3 +283,14 @@ def test_frozen_head(backend: str, tokens: int, dtype: torch.dtype) -> None:
     assert torch.equal(frozen, torch.autograd.grad(out.logps, h, g, retain_graph=True)[0])
     kept = sum(x.numel() for x in out.logps.grad_fn.saved_tensors if x is not None)
     assert kept <= hidden.numel() * 2 + weight.numel() + tokens * 6
+
+
+def test_dropped_mass_of_float64() -> None:
+    """As accurate as its inputs: one less what the kept columns hold, and the gradient is what that leaves."""
+    hidden, weight, labels = (x.double() if x.is_floating_point() else x for x in peaked(90))
+    out = linear_token_logps(hidden, weight.requires_grad_(), labels, grad_tol=TOL, stats=("dropped_mass",))
+    node = out.logps.grad_fn
+    ((_, _, kept),) = unflatten(node.saved_layout, list(node.saved_tensors[7:])).tiles
+    whole = torch.softmax(hidden @ weight.T, dim=1)[:, kept.columns.long()]
+    assert out.dropped_mass.dtype == torch.float64 and out.dropped_mass.any()
+    torch.testing.assert_close(out.dropped_mass, 1 - whole.sum(1), rtol=0, atol=1e-14)
