@@ -10,15 +10,13 @@ The checks that look at values are inside torch ops (below), so that torch.compi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .inputs import check_flag, check_tensor, result_dtype
-
-if TYPE_CHECKING:
-    from .parallel import SequenceParallel
+from .parallel import SequenceParallel
 
 IGNORE_INDEX = -100
 IGNORED = -1  # what kernels read in place of ignore_index
@@ -147,7 +145,7 @@ class Reference(NamedTuple):
     per_token: bool
 
 
-def reference(ref_logps: Tensor | None, layout: Layout) -> Reference | None:
+def make_reference(ref_logps: Tensor | None, layout: Layout) -> Reference | None:
     """Checked reference logps, detached, float32 (float64 stays). `[2B]` are always sums: a packed batch of as many
     tokens as sequences takes them per token as `[1, N]`.
 

@@ -90,7 +90,7 @@ def token_logps(
         backend=backend,
         vocab_parallel=vocab_parallel,
     )
-    return _named(TokenLogpsFunction.apply(logits, labels, options), options)
+    return from_logits(logits, labels, options)
 
 
 def linear_token_logps(
@@ -145,7 +145,21 @@ def linear_token_logps(
         backend=backend,
         vocab_parallel=vocab_parallel,
     )
-    weight, bias = plain(weight, vocab_parallel), None if bias is None else plain(bias, vocab_parallel)
+    return from_hidden(hidden, weight, labels, bias, options)
+
+
+def from_logits(logits: Tensor, labels: Tensor, options: HeadOptions) -> TokenLogps:
+    """`token_logps` with its keywords checked and packed."""
+    return _named(TokenLogpsFunction.apply(logits, labels, options), options)
+
+
+def from_hidden(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, options: HeadOptions
+) -> TokenLogps:
+    """`linear_token_logps` with its keywords checked and packed."""
+    parallel = options.vocab_parallel
+    weight, bias = plain(weight, parallel), None if bias is None else plain(bias, parallel)
+    check_linear(hidden, weight, labels, bias)
     if not torch.is_grad_enabled():  # a Function is told of requires_grad alone, and would keep columns for no backward
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     apply = _traced_linear if torch.compiler.is_compiling() else LinearTokenLogpsFunction.apply
@@ -266,7 +280,6 @@ class LinearTokenLogpsFunction(Function):
 
 def _traced_linear(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, options: HeadOptions) -> Any:
     """LinearTokenLogpsFunction for torch.compile, which cannot know what that saves: one op with its own backward."""
-    check_linear(hidden, weight, labels, bias)
     targets = flat_targets(labels, weight.shape[0], options.ignore_index, options.shift)
     dtype, stats = product_dtype(hidden), _kernel_stats(options)
     needs = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in (hidden, weight, bias)]

@@ -11,7 +11,7 @@ def as_rows(logits: Tensor, labels: Tensor) -> Tensor:
 
     Raises:
         TypeError: logits are not floats.
-        ValueError: labels are not shaped like logits without V.
+        ValueError: labels are not shaped like logits without V, or on another device.
     """
     check_tensor("logits", logits)
     check_tensor("labels", labels, floats=False)
@@ -22,6 +22,8 @@ def as_rows(logits: Tensor, labels: Tensor) -> Tensor:
             f"labels: expected the shape of logits without its last dimension, {list(logits.shape[:-1])}, "
             f"got {list(labels.shape)}"
         )
+    if labels.device != logits.device:
+        raise ValueError(f"labels: expected on {logits.device} like logits, got {labels.device}")
     if logits.shape[-1] == 0:
         raise ValueError(f"logits: expected a vocabulary of at least 1, got shape {list(logits.shape)}")
     if logits.stride(-1) != 1 and logits.shape[-1] != 1:
@@ -58,7 +60,7 @@ def check_linear(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | 
     check_tensor("labels", labels, floats=False)
     for name, tensor in named.items():
         check_tensor(name, tensor)
-    for name, tensor in named.items():
+    for name, tensor in (named | {"labels": labels}).items():
         if tensor.device != hidden.device:
             raise ValueError(f"{name}: expected on {hidden.device} like hidden, got {tensor.device}")
     if weight.dim() != 2 or 0 in weight.shape:

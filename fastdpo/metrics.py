@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .batch import reference
+from .batch import make_reference
 from .preference import PreferenceOutput
 from .sequences import lengths, reference_sums, sequence_sums
 
@@ -65,7 +65,7 @@ def preference_metrics(out: PreferenceOutput, ref_logps: Tensor | None = None) -
         metrics["logits/chosen"], metrics["logits/rejected"] = chosen / chosen_tokens, rejected / rejected_tokens
     if stats.is_top1 is not None:
         metrics["mean_token_accuracy"] = sums(stats.is_top1)[0] / chosen_tokens
-    ref = reference(ref_logps, layout)
+    ref = make_reference(ref_logps, layout)
     if ref is not None:
         ref_total = reference_sums(ref, layout, stats.logps, None, "auto")
         assert ref_total is not None

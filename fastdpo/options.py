@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple, TypedDict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
 
 from .backend import BACKENDS
 from .batch import IGNORE_INDEX
@@ -39,18 +41,6 @@ class HeadOptions(NamedTuple):
     grad_tol: float | None = None  # None: "auto"
     workspace_mb: float = 256.0
     vocab_parallel: VocabParallel | None = None
-
-
-class HeadKeywords(TypedDict, total=False):
-    """The keywords of `linear_token_logps` that a loss passes on to it as they are."""
-
-    temperature: float
-    softcap: float | None
-    logit_scale: float
-    stats: Sequence[str]
-    grad_tol: float | str
-    workspace_mb: float
-    vocab_parallel: VocabParallel | None
 
 
 def head_options(
@@ -107,20 +97,14 @@ def head_options(
     )
 
 
-def check_names(function: str, keywords: Iterable[str], known: Sequence[str]) -> None:
-    """Raise TypeError for a keyword that the function does not have."""
-    for name in keywords:
-        if name not in known:
-            raise TypeError(f"{name}: not a keyword of {function}; expected some of {', '.join(known)}")
-
-
 def check_number(name: str, value: object, above: float = -INFINITY, hint: str = "") -> None:
     """Raise for anything but a finite Python number greater than `above`. Plain comparisons: torch.compile traces them.
 
     A tensor is refused: its gradient would be lost, and its value would split the graph.
     """
     if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}{hint}")
+        found = "a tensor" if isinstance(value, Tensor) else repr(value)
+        raise TypeError(f"{name}: expected a number, got {found}{hint}")
     if not above < value < INFINITY:
         bound = f" above {above:g}" if above > -INFINITY else ""
         raise ValueError(f"{name}: expected a finite number{bound}, got {value!r}{hint}")

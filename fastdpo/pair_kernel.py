@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .batch import flat_targets, make_layout, reference
+from .batch import flat_targets, make_layout, make_reference
 from .head import first_order
 from .inputs import as_rows
 from .losses import sigmoid
@@ -82,7 +82,7 @@ class DPOFunction(Function):
         options = HeadOptions()
         rows = as_rows(logits, labels)
         layout = make_layout(labels, None)
-        reference_logps = reference(ref_logps, layout)
+        reference_logps = make_reference(ref_logps, layout)
         targets = flat_targets(labels, logits.shape[-1])
         logps, lse = torch.ops.fastdpo.row_forward(rows, targets, *options.transform, [], options.backend)
         ref = reference_sums(reference_logps, layout, logps, None, options.backend)

@@ -20,8 +20,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
-from .batch import IGNORED
-
 
 class VocabParallel:
     """This rank's share of an LM head whose rows (columns of the logits) are split over the ranks of a group.
@@ -79,7 +77,7 @@ class VocabParallel:
     def local(self, targets: Tensor) -> Tensor:
         """targets in the whole vocabulary -> of this rank's rows; one on another rank: `rows`."""
         here = (targets >= self.start) & (targets < self.stop)
-        there = torch.where(targets == IGNORED, targets, self.rows)
+        there = torch.where(targets < 0, targets, self.rows)
         return torch.where(here, targets - self.start, there)
 
     def merge(self, results: list[Tensor], targets: Tensor, stats: tuple[str, ...]) -> tuple[list[Tensor], Tensor]:

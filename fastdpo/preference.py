@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import pair_kernel
-from .batch import IGNORE_INDEX, Layout, Reference, make_layout, reference
-from .head import TokenLogps, linear_token_logps, token_logps
-from .losses.keywords import DEFAULTS, PER_BATCH, Beta, LossKeywords, LossType, check_keywords, is_schedule
-from .losses.pairs import LossOptions
+from .batch import IGNORE_INDEX, Layout, Reference, make_layout, make_reference
+from .head import TokenLogps, from_hidden, from_logits
+from .losses.keywords import Beta, LossKeywords, LossType, check_known
 from .losses.recipe import Recipe, Sequences, make_recipe
-from .losses.table import did_you_mean
 from .options import head_options
 from .parallel import SequenceParallel, VocabParallel, check_parallel
 from .sequences import check_places, lengths, position_weights, reference_sums, sequence_sums
@@ -85,13 +83,9 @@ def dpo_loss(
             loss without a reference; cu_seqlens that does not start at 0, end at N and rise; an unknown loss or
             option; an option that the loss does not use.
     """
-    _check_known(dpo_loss, options)
+    check_known(dpo_loss, options)
     recipe = make_recipe(beta, loss_type, label_smoothing, options)
-    layout = _layout(labels, cu_seqlens, ignore_index, shift, sequence_parallel, recipe)
-    ref = _reference(ref_logps, layout, recipe)
-    tokens = token_logps(
-        logits,
-        layout.labels,
+    head = head_options(
         ignore_index=ignore_index,
         temperature=temperature,
         softcap=softcap,
@@ -101,6 +95,9 @@ def dpo_loss(
         backend=backend,
         vocab_parallel=vocab_parallel,
     )
+    layout = _layout(labels, cu_seqlens, ignore_index, shift, sequence_parallel, recipe)
+    ref = _reference(ref_logps, layout, recipe)
+    tokens = from_logits(logits, layout.labels, head)
     return _preference(tokens, layout, ref, recipe, backend)
 
 
@@ -132,15 +129,9 @@ def linear_dpo_loss(
 
     The other arguments and errors: `dpo_loss` and `linear_token_logps`.
     """
-    _check_known(linear_dpo_loss, options)
+    check_known(linear_dpo_loss, options)
     recipe = make_recipe(beta, loss_type, label_smoothing, options)
-    layout = _layout(labels, cu_seqlens, ignore_index, shift, sequence_parallel, recipe)
-    ref = _reference(ref_logps, layout, recipe)
-    tokens = linear_token_logps(
-        hidden,
-        weight,
-        layout.labels,
-        bias=bias,
+    head = head_options(
         ignore_index=ignore_index,
         temperature=temperature,
         softcap=softcap,
@@ -151,6 +142,9 @@ def linear_dpo_loss(
         backend=backend,
         vocab_parallel=vocab_parallel,
     )
+    layout = _layout(labels, cu_seqlens, ignore_index, shift, sequence_parallel, recipe)
+    ref = _reference(ref_logps, layout, recipe)
+    tokens = from_hidden(hidden, weight, layout.labels, bias, head)
     return _preference(tokens, layout, ref, recipe, backend)
 
 
@@ -177,7 +171,7 @@ def loss_of_tokens(
         shift: whether labels still are to be shifted to the tokens, as they were for the logps.
         The others and errors: `dpo_loss`.
     """
-    _check_known(loss_of_tokens, options)
+    check_known(loss_of_tokens, options)
     recipe = make_recipe(beta, loss_type, label_smoothing, options)
     layout = _layout(labels, cu_seqlens, ignore_index, shift, sequence_parallel, recipe)
     if tokens.logps.shape != labels.shape:
@@ -185,54 +179,6 @@ def loss_of_tokens(
     if recipe.use_weighting and tokens.log_sum_sq_probs is None:
         raise ValueError("use_weighting: needs tokens with log_sum_sq_probs, one of stats")
     return _preference(tokens, layout, _reference(ref_logps, layout, recipe), recipe, backend)
-
-
-class DPOLoss(nn.Module):
-    """`dpo_loss` as a module: the keywords at construction, the tensors at the call."""
-
-    def __init__(self, **keywords: Any) -> None:
-        super().__init__()
-        _check_keywords(dpo_loss, keywords)
-        self.keywords = keywords
-
-    def forward(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        ref_logps: Tensor | None = None,
-        *,
-        cu_seqlens: Tensor | None = None,
-        **per_batch: Any,
-    ) -> PreferenceOutput:
-        """See `dpo_loss`. per_batch: beta, gamma, kl, token_weights, pair_weights and step may come with the batch."""
-        return dpo_loss(logits, labels, ref_logps, cu_seqlens=cu_seqlens, **_at_call(self.keywords, per_batch))
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{k}={v!r}" for k, v in self.keywords.items())
-
-
-class LinearDPOLoss(DPOLoss):
-    """`linear_dpo_loss` as a module. The LM head's weight and bias stay the model's: pass them at the call."""
-
-    def __init__(self, **keywords: Any) -> None:
-        nn.Module.__init__(self)
-        _check_keywords(linear_dpo_loss, keywords)
-        self.keywords = keywords
-
-    def forward(  # type: ignore[override]
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        ref_logps: Tensor | None = None,
-        *,
-        bias: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        **per_batch: Any,
-    ) -> PreferenceOutput:
-        """See `linear_dpo_loss`, and `DPOLoss.forward` for per_batch."""
-        keywords = _at_call(self.keywords, per_batch)
-        return linear_dpo_loss(hidden, weight, labels, ref_logps, bias=bias, cu_seqlens=cu_seqlens, **keywords)
 
 
 # --- token logps -> loss ---------------------------------------------------------------------------------------------
@@ -253,7 +199,7 @@ def _layout(
 
 def _reference(ref_logps: Tensor | None, layout: Layout, recipe: Recipe) -> Reference | None:
     recipe.check_reference(ref_logps is not None)
-    return reference(ref_logps, layout)
+    return make_reference(ref_logps, layout)
 
 
 def _with_needed(stats: Sequence[str], recipe: Recipe) -> Sequence[str]:
@@ -264,20 +210,20 @@ def _with_needed(stats: Sequence[str], recipe: Recipe) -> Sequence[str]:
 
 
 def _preference(
-    tokens: TokenLogps, layout: Layout, ref_logps: Reference | None, recipe: Recipe, backend: str
+    tokens: TokenLogps, layout: Layout, reference: Reference | None, recipe: Recipe, backend: str
 ) -> PreferenceOutput:
     logps, bounds = tokens.logps.reshape(-1), layout.bounds
-    pairs = layout.sequences // 2
-    recipe = recipe.on(pairs, logps)
+    count = layout.sequences // 2
+    recipe = recipe.on(count, logps)
     if pair_kernel.fits(recipe) and layout.sequence_parallel is None:
-        ref = reference_sums(ref_logps, layout, logps, None, backend)
+        ref = reference_sums(reference, layout, logps, None, backend)
         beta, smoothing = cast(float, recipe.options.beta), recipe.options.label_smoothing
         loss, sums = pair_kernel.PairSigmoid.apply(logps, bounds, ref, beta, smoothing, backend)
     else:
         weights = position_weights(layout, logps, recipe.token_weights, recipe.ld_alpha, backend)
         plain = sequence_sums(logps, layout, backend)
         sums = plain if weights is None else sequence_sums(logps * weights, layout, backend)
-        ref = reference_sums(ref_logps, layout, logps, weights, backend)
+        ref = reference_sums(reference, layout, logps, weights, backend)
         counts = lengths(layout, logps, backend)
         pair_weights = recipe.pair_weights
         if recipe.use_weighting:
@@ -289,8 +235,8 @@ def _preference(
             sums, ref = sums * per_token, None if ref is None else ref * per_token
     sums = sums.detach()
     ratios = sums if ref is None else sums - ref
-    chosen_rewards, rejected_rewards = (recipe.rewards(ratio) for ratio in (ratios[:pairs], ratios[pairs:]))
-    return PreferenceOutput(loss, sums[:pairs], sums[pairs:], chosen_rewards, rejected_rewards, tokens, layout)
+    chosen_rewards, rejected_rewards = (recipe.rewards(ratio) for ratio in (ratios[:count], ratios[count:]))
+    return PreferenceOutput(loss, sums[:count], sums[count:], chosen_rewards, rejected_rewards, tokens, layout)
 
 
 def _policy_weights(tokens: TokenLogps, counts: Tensor, layout: Layout, backend: str) -> Tensor:
@@ -299,45 +245,3 @@ def _policy_weights(tokens: TokenLogps, counts: Tensor, layout: Layout, backend:
     aligned = (tokens.logps.detach() - tokens.log_sum_sq_probs).reshape(-1)
     chosen, rejected = (sequence_sums(aligned, layout, backend) / counts.clamp(min=1)).chunk(2)
     return torch.exp(chosen) * torch.exp(rejected)
-
-
-# --- keywords --------------------------------------------------------------------------------------------------------
-
-
-def _check_known(function: Callable[..., Any], options: Mapping[str, Any]) -> None:
-    """Raise TypeError for a keyword that the function does not have."""
-    for name in options:
-        if name not in DEFAULTS:
-            known = sorted(set(_defaults(function)) | set(DEFAULTS))
-            raise TypeError(
-                f"{name}: not a keyword of {function.__name__}{did_you_mean(name, known)}; "
-                f"expected some of {', '.join(known)}"
-            )
-
-
-def _check_keywords(function: Callable[..., Any], keywords: dict[str, Any]) -> None:
-    """Raise at a module's construction for what would raise at the call: unknown keywords and bad values."""
-    defaults = {name: value for name, value in _defaults(function).items() if name not in ("bias", "cu_seqlens")}
-    for name in ("bias", "cu_seqlens"):
-        if name in keywords:
-            raise TypeError(f"{name}: comes with the batch, expected at the call and not at construction")
-    options = {name: value for name, value in keywords.items() if name not in defaults}
-    _check_known(function, options)
-    values = defaults | keywords
-    beta, loss_type, label_smoothing = (values.pop(name) for name in ("beta", "loss_type", "label_smoothing"))
-    if is_schedule(beta):  # its values: with the steps
-        beta = LossOptions().beta
-    check_keywords(beta, loss_type, label_smoothing, cast(LossKeywords, options))
-    check_parallel("sequence_parallel", values.pop("sequence_parallel"), SequenceParallel)
-    head_options(**{name: values[name] for name in defaults if name in values})
-
-
-def _defaults(function: Any) -> dict[str, Any]:
-    return function.__kwdefaults__
-
-
-def _at_call(keywords: dict[str, Any], per_batch: dict[str, Any]) -> dict[str, Any]:
-    for name in per_batch:
-        if name not in PER_BATCH:
-            raise TypeError(f"{name}: not an argument of the call; expected some of {', '.join(PER_BATCH)}")
-    return keywords | per_batch

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from .losses.table import TRL_LOSSES, did_you_mean
+from .losses.table import ALIASES, TRL_LOSSES
+from .names import did_you_mean
 from .train_data import DataError, plain_chat_template, read_pairs
 
 
@@ -121,7 +122,7 @@ def run(own: FastDPOArguments, script: Any, config: Any, model: Any, mixture: An
     for name in config.loss_type:
         if name not in TRL_LOSSES:  # TRL finds out at the first step
             raise DataError(
-                f"--loss_type {name}: expected one of {', '.join(TRL_LOSSES)}{did_you_mean(name, TRL_LOSSES)}"
+                f"--loss_type {name}: expected one of {', '.join(TRL_LOSSES)}{did_you_mean(name, TRL_LOSSES, ALIASES)}"
             )
     train_data, eval_data = _datasets(own, script, config, mixture)
     # As `trl dpo` builds its model

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .batch import IGNORE_INDEX, Layout, Reference, constant, make_layout, reference
-from .head import TokenLogps, linear_token_logps, token_logps
+from .batch import IGNORE_INDEX, Layout, Reference, constant, make_layout, make_reference
+from .head import TokenLogps, from_hidden, from_logits
 from .inputs import check_flag, check_tensor
 from .losses import LOSSES, LossOptions
-from .losses.table import SideFunction, did_you_mean, find_loss, loss_name
-from .options import INFINITY, HeadKeywords, check_number, check_within
+from .losses.table import SideFunction, find_loss, loss_name
+from .options import INFINITY, check_number, check_within, head_options
 from .parallel import SequenceParallel, VocabParallel, check_parallel
 from .sequences import lengths, reference_sums, sequence_sums
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 class UnpairedOutput(NamedTuple):
@@ -82,10 +79,7 @@ def unpaired_loss(
         TypeError, ValueError: as `dpo_loss`; desirable that is not bool `[S]`; a loss that needs pairs.
     """
     options = _options(loss_type, beta, kl, desirable_weight, undesirable_weight, length_normalize)
-    layout, ref = _layout(labels, desirable, ref_logps, cu_seqlens, ignore_index, shift, sequence_parallel)
-    tokens = token_logps(
-        logits,
-        layout.labels,
+    head = head_options(
         ignore_index=ignore_index,
         temperature=temperature,
         softcap=softcap,
@@ -95,6 +89,8 @@ def unpaired_loss(
         backend=backend,
         vocab_parallel=vocab_parallel,
     )
+    layout, ref = _layout(labels, desirable, ref_logps, cu_seqlens, ignore_index, shift, sequence_parallel)
+    tokens = from_logits(logits, layout.labels, head)
     return _unpaired(tokens, layout, desirable, ref, options, backend)
 
 
@@ -115,26 +111,34 @@ def linear_unpaired_loss(
     bias: Tensor | None = None,
     ignore_index: int = IGNORE_INDEX,
     shift: bool = False,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    stats: Sequence[str] = (),
+    grad_tol: float | str = "auto",
+    workspace_mb: float = 256,
     backend: str = "auto",
+    vocab_parallel: VocabParallel | None = None,
     sequence_parallel: SequenceParallel | None = None,
-    **head: Unpack[HeadKeywords],
 ) -> UnpairedOutput:
     """The same from hidden states: padded `[S, T, H]`, or packed `[N, H]` or `[1, N, H]`; weight `[V, H]`.
 
-    The other arguments and errors: `unpaired_loss` and `linear_token_logps`, which takes `head`.
+    The other arguments and errors: `unpaired_loss` and `linear_token_logps`.
     """
-    for name in head:
-        if name not in HeadKeywords.__annotations__:
-            known = sorted({*HeadKeywords.__annotations__, *(linear_unpaired_loss.__kwdefaults__ or {})})
-            raise TypeError(
-                f"{name}: not a keyword of linear_unpaired_loss{did_you_mean(name, known)}; "
-                f"expected some of {', '.join(known)}"
-            )
     options = _options(loss_type, beta, kl, desirable_weight, undesirable_weight, length_normalize)
-    layout, ref = _layout(labels, desirable, ref_logps, cu_seqlens, ignore_index, shift, sequence_parallel)
-    tokens = linear_token_logps(
-        hidden, weight, layout.labels, bias=bias, ignore_index=ignore_index, backend=backend, **head
+    head = head_options(
+        ignore_index=ignore_index,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        stats=stats,
+        grad_tol=grad_tol,
+        workspace_mb=workspace_mb,
+        backend=backend,
+        vocab_parallel=vocab_parallel,
     )
+    layout, ref = _layout(labels, desirable, ref_logps, cu_seqlens, ignore_index, shift, sequence_parallel)
+    tokens = from_hidden(hidden, weight, layout.labels, bias, head)
     return _unpaired(tokens, layout, desirable, ref, options, backend)
 
 
@@ -167,7 +171,8 @@ def _options(
     if not isinstance(kl, Tensor):
         check_number("kl", kl)
     if "kl" not in row.uses and (isinstance(kl, Tensor) or kl != 0):
-        raise ValueError(f"kl: loss {loss_type!r} does not use it")
+        value = "" if isinstance(kl, Tensor) else f", got {kl!r}"
+        raise ValueError(f"kl: loss {loss_type!r} does not use it{value}")
     check_within("desirable_weight", desirable, 0, INFINITY)
     check_within("undesirable_weight", undesirable, 0, INFINITY)
     return _Options(row.side, beta, kl, (desirable, undesirable), length_normalize)
@@ -189,17 +194,17 @@ def _layout(
         raise ValueError(
             f"desirable: expected a bool tensor [{layout.sequences}], got {desirable.dtype} {list(desirable.shape)}"
         )
-    return layout, reference(ref_logps, layout)
+    return layout, make_reference(ref_logps, layout)
 
 
 def _unpaired(
-    tokens: TokenLogps, layout: Layout, desirable: Tensor, ref_logps: Reference | None, options: _Options, backend: str
+    tokens: TokenLogps, layout: Layout, desirable: Tensor, reference: Reference | None, options: _Options, backend: str
 ) -> UnpairedOutput:
     logps = tokens.logps.reshape(-1)
     kl = constant("kl", options.kl, ([], [layout.sequences]), logps) if isinstance(options.kl, Tensor) else options.kl
     desirable = desirable.to(logps.device)
     sums = sequence_sums(logps, layout, backend)
-    ref = reference_sums(ref_logps, layout, logps, None, backend)
+    ref = reference_sums(reference, layout, logps, None, backend)
     ratio = sums if ref is None else sums - ref
     if options.length_normalize:
         per_token = 1 / lengths(layout, logps, backend).clamp(min=1)

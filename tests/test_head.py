@@ -264,6 +264,16 @@ def bad(label: int) -> Tensor:
         (lambda: token_logps(torch.randn(2, 3, 7), bad(0), temperature=0), ValueError, "temperature: .* got 0"),
         (lambda: token_logps(torch.randn(2, 3, 7), bad(0), softcap=-1), ValueError, "softcap: .* got -1"),
         (
+            lambda: token_logps(torch.randn(2, 3, 7), bad(0).to("meta")),
+            ValueError,
+            "labels: expected on cpu like logits, got meta",
+        ),
+        (
+            lambda: linear_token_logps(torch.randn(2, 3, 4), torch.randn(7, 4), bad(0).to("meta")),
+            ValueError,
+            "labels: expected on cpu like hidden, got meta",
+        ),
+        (
             lambda: linear_token_logps(torch.randn(2, 3, 5), torch.randn(7, 4), bad(0)),
             ValueError,
             r"hidden: expected \[..., H\] with H=4",
@@ -365,15 +375,16 @@ def test_exact_mode_is_no_worse_than_plain(dtype: torch.dtype) -> None:
         (lambda: token_logps(None, bad(0)), "logits: expected a tensor, got NoneType"),
         (lambda: token_logps(torch.randn(2, 3, 7), [0]), "labels: expected a tensor, got list"),
         (lambda: linear_token_logps(torch.randn(2, 3, 4), None, bad(0)), "weight: expected a tensor, got NoneType"),
-        (lambda: token_logps(torch.randn(2, 3, 7), bad(0), temperature="1"), "temperature: expected a number, got str"),
+        (lambda: token_logps(torch.randn(2, 3, 7), bad(0), temperature="1"), "temperature: expected a number, got '1'"),
         (lambda: token_logps(torch.randn(2, 3, 7), bad(0), ignore_index=1.5), "ignore_index: expected an int, got 1.5"),
         (lambda: token_logps(torch.randn(2, 3, 7), bad(0), shift="no"), "shift: expected True or False, got 'no'"),
         (
             lambda: fastdpo.dpo_loss(torch.randn(2, 3, 7), bad(0), label_smoothing=torch.tensor(0.1)),
-            "label_smoothing: expected a number, got Tensor",
+            "label_smoothing: expected a number, got a tensor",
         ),
     ],
 )
 def test_wrong_types(call, message: str) -> None:
-    with pytest.raises(TypeError, match=message):
-        call()
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad), pytest.raises(TypeError, match=message):
+            call()

@@ -144,7 +144,7 @@ def test_errors(loss_type: Any, options: dict[str, Any], message: str) -> None:
         (dict(pair_weights=[1.0]), "pair_weights: expected a float tensor, got list"),
         (dict(pair_weights=torch.ones(1).long()), "pair_weights: expected a float tensor, got torch.int64"),
         (dict(betas=0.1), "betas: expected a list of numbers, got 0.1"),
-        (dict(beta="0.1"), "beta: expected a number, got str"),
+        (dict(beta="0.1"), "beta: expected a number, got '0.1'"),
         (dict(beta=lambda step: 0.1), "step: beta is a schedule, which needs the step as an int, got None"),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),

@@ -165,7 +165,7 @@ def test_modules_take_tensors_at_the_call() -> None:
     expected = linear_dpo_loss(hidden, weight, labels, ref, shift=True, gamma=0.1, **per_batch)
     module = fastdpo.LinearDPOLoss(shift=True, gamma=0.1)
     assert torch.equal(module(hidden, weight, labels, ref, **per_batch).loss, expected.loss)
-    with pytest.raises(TypeError, match="shift: not an argument of the call; expected some of beta"):
+    with pytest.raises(TypeError, match="shift: not a keyword of the call; expected some of beta"):
         module(hidden, weight, labels, ref, shift=False)
 
 
@@ -228,8 +228,8 @@ def test_several_betas_of_one_head_pass(loss_type, monkeypatch) -> None:
     betas = [0.05, 0.1, 1.0]
     one_by_one = [linear_dpo_loss(hidden, weight, labels, ref, beta=beta, **keywords) for beta in betas]
     heads = []
-    spied = fastdpo.preference.linear_token_logps
-    monkeypatch.setattr(fastdpo.preference, "linear_token_logps", lambda *a, **k: heads.append(1) or spied(*a, **k))
+    spied = fastdpo.preference.from_hidden
+    monkeypatch.setattr(fastdpo.preference, "from_hidden", lambda *a, **k: heads.append(1) or spied(*a, **k))
     hidden.requires_grad_()
     out = linear_dpo_loss(hidden, weight, labels, ref, betas=betas, **keywords)
     assert len(heads) == 1

@@ -106,14 +106,6 @@ def test_errors(options: dict[str, Any], message: str) -> None:
         unpaired_loss(logits, labels, **dict(desirable=torch.ones(3).bool()) | options)
 
 
-def test_unknown_keyword() -> None:
-    hidden, weight = torch.randn(3, 4, 2), torch.randn(5, 2)
-    with pytest.raises(
-        TypeError, match="lenght_normalize: not a keyword of linear_unpaired_loss; did you mean 'length_"
-    ):
-        linear_unpaired_loss(hidden, weight, torch.zeros(3, 4).long(), torch.ones(3).bool(), lenght_normalize=True)
-
-
 def test_kto_kl_of_nothing() -> None:
     for logps, ref in ((torch.zeros(0), torch.zeros(0)), (torch.zeros(3, 1), torch.zeros(3))):
         with pytest.raises(ValueError, match="logps, ref_logps: expected"):

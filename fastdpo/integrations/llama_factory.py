@@ -22,7 +22,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..options import HEAD_KEYWORDS, check_names, head_options
+from ..names import check_names
+from ..options import HEAD_KEYWORDS, head_options
 from ..sequences import sequence_logps
 from .transformers import fused_head, is_fused
 

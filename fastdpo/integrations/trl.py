@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from ..head import linear_token_logps
-from ..options import HEAD_KEYWORDS, check_names, head_options
+from ..names import check_names
+from ..options import HEAD_KEYWORDS, head_options
 from .head_transform import HeadTransform, head_transform
 from .output_head import check_head, check_weight, output_head, whole
 from .zero3 import regathered

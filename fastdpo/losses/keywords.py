@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypedDict, cast
 
 from torch import Tensor
 
+from ..names import check_names, did_you_mean
 from ..options import INFINITY, check_number, check_within
 from .divergences import F_DIVERGENCES
 from .pairs import LossOptions
-from .table import DIVERGENCE, LOSSES, PAIRED, Loss, LossFunction, did_you_mean, find_loss, loss_name
+from .table import DIVERGENCE, LOSSES, PAIRED, Loss, LossFunction, find_loss, loss_name
 
 Beta = float | Tensor | Callable[[int], float]
 LossType = str | LossFunction | Sequence[str | LossFunction]
@@ -80,6 +81,12 @@ DEFAULTS: dict[str, Any] = {
 }
 # What a batch brings along: the modules take these at the call
 PER_BATCH = ("beta", "gamma", "kl", "token_weights", "pair_weights", "step")
+
+
+def check_known(function: Callable[..., object], keywords: Collection[str]) -> None:
+    """Raise TypeError for a keyword that is neither the function's own nor one of `LossKeywords`."""
+    if not all(name in DEFAULTS for name in keywords):
+        check_names(function.__name__, keywords, sorted({*(function.__kwdefaults__ or {}), *DEFAULTS}))
 
 
 def find_losses(loss_type: LossType) -> tuple[Loss, ...]:

@@ -58,10 +58,10 @@ class Recipe(NamedTuple):
         if not given and self.parameterization == "likelihood":
             raise ValueError("ref_logps: parameterization='likelihood' needs the reference's logps without the prompt")
 
-    def on(self, pairs: int, like: Tensor) -> Recipe:
-        """The same with the per-pair tensors checked, and on the device and of the dtype of `like`."""
+    def on(self, count: int, like: Tensor) -> Recipe:
+        """For a batch of `count` pairs: with the per-pair tensors checked, on the device and of the dtype of `like`."""
         options, gamma, weights = self.options, self.gamma, self.pair_weights
-        per_pair: tuple[list[int], ...] = ([pairs], [])
+        per_pair: tuple[list[int], ...] = ([count], [])
         if isinstance(options.beta, Tensor):
             options = options._replace(beta=constant("beta", options.beta, per_pair, like, above=0))
         if isinstance(options.kl, Tensor):
@@ -69,7 +69,7 @@ class Recipe(NamedTuple):
         if isinstance(gamma, Tensor):
             gamma = constant("gamma", gamma, per_pair, like)
         if weights is not None:
-            weights = constant("pair_weights", weights, ([pairs],), like)
+            weights = constant("pair_weights", weights, ([count],), like)
         return self._replace(options=options, gamma=gamma, pair_weights=weights)
 
     def rewards(self, ratios: Tensor) -> Tensor:

@@ -5,12 +5,12 @@ To add a loss: a function of (Pairs, LossOptions) in margin.py or sides.py, its 
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from torch import Tensor
 
+from ..names import did_you_mean
 from .margin import aot, aot_unpaired, discopop, exo_pair, hinge, ipo, orpo, robust, sigmoid
 from .pairs import LossOptions, Pairs
 from .sides import apo_down, apo_zero, apo_zero_side, bco_pair, bco_side, kto, kto_side, nca_pair, nll, sft, sppo_hard
@@ -80,7 +80,12 @@ LOSSES: dict[str, Loss] = {
 
 
 # Those of TRL's DPOTrainer; for the others it has trainers of their own, or none
-TRL_LOSSES = tuple(name for name in LOSSES if name not in ("kto", "cpo", "simpo", "orpo"))
+TRL_LOSSES = (
+    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
+    *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
+)
+# Other projects' names
+ALIASES = {"dpo": "sigmoid", "kto_pair": "kto"}
 
 
 def find_loss(loss_type: str | LossFunction, among: Mapping[str, Loss] = LOSSES) -> Loss:
@@ -96,7 +101,7 @@ def find_loss(loss_type: str | LossFunction, among: Mapping[str, Loss] = LOSSES)
         if loss_type not in LOSSES:
             raise ValueError(
                 f"loss_type: unknown loss {loss_type!r}, expected one of {', '.join(among)}"
-                f"{did_you_mean(loss_type, among)}"
+                f"{did_you_mean(loss_type, among, ALIASES)}"
             )
         return LOSSES[loss_type]
     if not callable(loss_type):
@@ -107,19 +112,3 @@ def find_loss(loss_type: str | LossFunction, among: Mapping[str, Loss] = LOSSES)
 def loss_name(loss_type: object) -> str:
     """A loss as an error message calls it."""
     return repr(loss_type) if isinstance(loss_type, str) else getattr(loss_type, "__name__", type(loss_type).__name__)
-
-
-# Other projects' names
-ALIASES = {"dpo": "sigmoid", "kto_pair": "kto"}
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """'; did you mean ...?' where a known name is near, else nothing: another's name for it, one that differs in case,
-    those that begin with it, or one that is spelt alike."""
-    by_lower = {one.lower(): one for one in known}
-    asked = name.lower().replace("-", "_")
-    near = [ALIASES.get(asked, asked)]
-    if near[0] not in by_lower:
-        near = [one for one in by_lower if len(asked) > 1 and one.startswith(asked)]
-    near = near or difflib.get_close_matches(asked, by_lower, n=1)
-    return f"; did you mean {' or '.join(repr(by_lower[one]) for one in near)}?" if near else ""

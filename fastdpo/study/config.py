@@ -13,7 +13,8 @@ from typing import Any
 from ..cache.model import DTYPES
 from ..inputs import check_flag
 from ..losses.keywords import PARAMETERIZATIONS
-from ..losses.table import LOSSES, TRL_LOSSES, did_you_mean
+from ..losses.table import ALIASES, LOSSES, TRL_LOSSES
+from ..names import did_you_mean
 from ..options import check_number
 from .errors import StudyError
 from .mapping import build
@@ -249,7 +250,7 @@ def _known(name: str, values: Sequence[str], known: Iterable[str]) -> None:
     for value in values:
         if value not in known:
             raise StudyError(
-                f"{name}: unknown {value!r}, expected some of {', '.join(known)}{did_you_mean(value, known)}"
+                f"{name}: unknown {value!r}, expected some of {', '.join(known)}{did_you_mean(value, known, ALIASES)}"
             )
 
 

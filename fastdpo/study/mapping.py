@@ -6,7 +6,7 @@ import dataclasses
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from ..losses.table import did_you_mean
+from ..names import did_you_mean
 from .errors import StudyError
 
 T = TypeVar("T")

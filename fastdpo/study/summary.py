@@ -28,10 +28,6 @@ class Setting(NamedTuple):
     parameterization: str
     reference: str  # its name; NONE for the posterior, whichever reference the grid has beside it
 
-    @property
-    def reads_a_reference(self) -> bool:
-        return self.reference != NONE
-
 
 class Group(NamedTuple):
     """The runs of one setting and beta; runs that cells share count once."""

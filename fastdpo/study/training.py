@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..losses.table import did_you_mean
+from ..names import did_you_mean
 from .cells import Cell
 from .config import StudyConfig
 from .errors import StudyError

@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...options import HEAD_KEYWORDS, check_names, head_options
+from ...names import check_names
+from ...options import HEAD_KEYWORDS, head_options
 from ..head_transform import head_transform
 from .check import compare
 from .compute import FusedHead, fused_output

@@ -21,7 +21,8 @@ from ...batch import IGNORE_INDEX
 from ...evaluating import evaluating
 from ...losses.table import find_loss
 from ...metrics import preference_metrics
-from ...preference import _check_keywords, loss_of_tokens
+from ...modules import check_construction
+from ...preference import loss_of_tokens
 from .compute import FusedOutput
 
 _REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
@@ -107,7 +108,7 @@ class PreferenceLoss(TrainerCallback):
     """
 
     def __init__(self, *, reference_free: bool = False, **keywords: Any) -> None:
-        _check_keywords(loss_of_tokens, keywords)
+        check_construction(loss_of_tokens, keywords)
         if callable(keywords.get("beta")) or keywords.get("betas") is not None:
             raise ValueError("beta: expected one number, as transformers' Trainer gives a loss neither step nor vector")
         self.keywords = keywords
