@@ -28,6 +28,7 @@ setup(
         "triton": ["triton>=3.4"],
         "trl": [
             *("trl==1.16.0", "transformers", "peft", "matplotlib", "pyarrow>=16", "pyyaml", "safetensors", "tqdm"),
+            "psutil",
         ],
     },
     entry_points={"console_scripts": ["fastdpo = fastdpo.cli:main"]},
