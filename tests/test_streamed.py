@@ -104,6 +104,21 @@ def test_streamed_small_entries() -> None:
 
 
 @pytest.mark.skipif(not STREAMS, reason="this CPU has no bf16 products")
+def test_an_improbable_target_is_not_lost() -> None:
+    """Its p is too small for an entry, but the backward has it from its logp: it is no dropped mass."""
+    cpu = load("cpu")
+    assert not isinstance(cpu, str)
+    hidden, weight, bias = torch.zeros(16, 2), torch.zeros(2000, 2), torch.full((2000,), -100.0)
+    bias[0], bias[5], bias[7] = 0.0, -12.5, -12.5  # 3.7e-6; the floor is grad_tol / 2^15 = 7.6e-6
+    labels = torch.tensor([5] * 15 + [0])
+    _, (kept,), _ = cpu.stream_forward(
+        hidden.bfloat16(), weight.bfloat16(), bias, labels, Transform(), (), 16, 0.25, True, 256.0
+    )
+    assert kept is not None and kept.columns.tolist() == [0, 5] and len(kept.entries) == 16
+    torch.testing.assert_close(kept.dropped, torch.tensor([3.7267e-6] * 15 + [7.4533e-6]), rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.skipif(not STREAMS, reason="this CPU has no bf16 products")
 def test_streamed_extremes() -> None:
     """Logits in the thousands, on either side of the target's; a column of -inf bias."""
     cpu = load("cpu")

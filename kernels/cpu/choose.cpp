@@ -169,6 +169,10 @@ Sparse choose(
         tile.add_row(column, weighed.mass[j], chunk);
         continue;
       }
+      // A token's own target is not lost: the backward has its p from its logp, with an entry or without
+      for (auto target = tile.first_target(column); target != tile.targets.end() && target->column == column; ++target)
+        if (p[target->token] <= floor)
+          lost[target->token] -= p[target->token];
       columns[slot[j]] = column;
       starts[slot[j]] = int32_t(at[j]);
       at::vec::convert(p.data(), rounded.data(), padded);
