@@ -40,12 +40,16 @@ def float32_head() -> Iterator[None]:
         yield
 
 
-def main() -> None:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--batches", type=int, default=6)
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = _parser().parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     if tokenizer.chat_template is None:

@@ -25,13 +25,17 @@ from fastdpo.cache.key import KEY_BYTES
 REFERENCE = Reference("0" * 64, "float32", None, 1.0, None, 1.0)
 
 
-def main() -> None:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--keys", type=int, default=2_000_000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--shard", type=int, default=65536, help="entries in a shard")
     parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = _parser().parse_args()
 
     rng = np.random.default_rng(0)
     keys = rng.integers(0, 256, (options.keys, KEY_BYTES), np.uint8)

@@ -60,11 +60,16 @@ def measured_ratios(case: Case, committed: dict[str, Any], seconds: float) -> Ra
     return ratios({"cases": {case.name: {"contenders": timed}}}) if OURS in timed else {}
 
 
-def main() -> None:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--committed", type=Path, default=Path("docs/benchmarks.json"))
     parser.add_argument("--allowed", type=float, default=0.2)
     parser.add_argument("--seconds", type=float, default=240, help="of all cases; a second measurement comes on top")
+    return parser
+
+
+def main() -> None:
+    parser = _parser()
     options = parser.parse_args()
     if not 0 <= options.allowed < 1:
         parser.error(f"--allowed {options.allowed:g}: expected a share from 0 to below 1")

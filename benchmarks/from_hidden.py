@@ -28,10 +28,10 @@ from fastdpo.bench.providers import NEEDS, PROVIDERS, run
 from .group import product_alone
 
 
-def main() -> None:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model")
-    parser.add_argument("--data", type=Path)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--tokens", type=int)
@@ -39,9 +39,11 @@ def main() -> None:
     parser.add_argument("--needs", default="both", choices=NEEDS)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--contenders", nargs="*", default=list(PROVIDERS), choices=list(PROVIDERS))
-    options = parser.parse_args()
-    if options.model is None or options.data is None:
-        parser.error("--model and --data are needed")
+    return parser
+
+
+def main() -> None:
+    options = _parser().parse_args()
 
     needs = options.needs
     batch = real_batch(options.model, options.data, options.pairs, options.max_length, options.tokens)

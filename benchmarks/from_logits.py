@@ -21,13 +21,17 @@ from fastdpo.bench.measure import alternate, machine
 STATISTICS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")  # all that TRL's DPO trainer logs
 
 
-def main() -> None:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--vocab", type=int, default=131072)
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--rounds", type=int, default=7)
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = _parser().parse_args()
 
     torch.manual_seed(0)
     logits = (torch.randn(options.rows, options.vocab) * 3).to(getattr(torch, options.dtype))

@@ -48,9 +48,14 @@ PASSES = {
 BOTH = "forward and backward"
 
 
-def main() -> None:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="folder for gpu_static.json, .md and .png")
+    return parser
+
+
+def main() -> None:
+    parser = _parser()
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: under it Triton compiles nothing")

@@ -110,16 +110,18 @@ def picture(points: list[dict[str, Any]], path: Path) -> None:
         figure.savefig(path, dpi=120)
 
 
-def main() -> None:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model")
-    parser.add_argument("--data", type=Path)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--limit", type=float, default=50)
     parser.add_argument("--contenders", nargs="*", default=list(CONTENDERS), choices=list(PROVIDERS))
-    options = parser.parse_args()
-    if options.model is None or options.data is None or options.output is None:
-        parser.error("--model, --data and --output are needed")
+    return parser
+
+
+def main() -> None:
+    options = _parser().parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     inputs = options.output / "inputs.pt"
     if not inputs.exists():

@@ -175,7 +175,7 @@ def _cell(point: dict[str, Any] | None) -> str:
     return (count if point["tokens"] else "none") if point["stopped"] is None else point["stopped"]
 
 
-def main() -> None:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model")
     parser.add_argument("--data", type=Path)
@@ -185,6 +185,11 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=20)
     parser.add_argument("--contenders", nargs="*", default=list(DEFAULT), choices=list(PROVIDERS))
     parser.add_argument("--output", type=Path, required=True)
+    return parser
+
+
+def main() -> None:
+    parser = _parser()
     options = parser.parse_args()
     if (options.model is None) != (options.data is None):
         parser.error("--model and --data: expected both or none")

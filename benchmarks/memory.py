@@ -48,10 +48,14 @@ def fill(case: dict[str, Any]) -> None:
             case["contenders"][name] |= found
 
 
-def main() -> None:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("benchmarks", type=Path, help="benchmarks.json, of benchmarks.report")
-    path = parser.parse_args().benchmarks
+    return parser
+
+
+def main() -> None:
+    path = _parser().parse_args().benchmarks
     doc = json.loads(path.read_text(encoding="utf-8"))
     waiting = [case for case in doc["cases"].values() if lacking(case)]
     for case in tqdm(waiting, unit="case"):

@@ -164,11 +164,15 @@ def write_page(doc: dict[str, Any], page: Path) -> None:
     page.write_text(f"{before}{BEGIN}\n\n{tables(doc)}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
 
 
-def main() -> None:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bench", type=Path)
     parser.add_argument("--output", type=Path, required=True)
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = _parser().parse_args()
     raw = json.loads(options.bench.read_text(encoding="utf-8"))
     doc = raw if "cases" in raw else condensed(raw)
     options.output.mkdir(parents=True, exist_ok=True)

@@ -168,7 +168,7 @@ def picture(points: list[dict[str, Any]], path: Path) -> None:
         figure.savefig(path, dpi=120)
 
 
-def main() -> None:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--model", help="a folder; default: random, of --layers, --width and --vocab")
@@ -180,7 +180,11 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = _parser().parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     points = measure(options)
     settings = {key: value for key, value in vars(options).items() if key != "output"}

@@ -141,12 +141,16 @@ def picture(runs: dict[str, dict[str, Any]], losses_off: dict[str, np.ndarray], 
         figure.savefig(path, dpi=120)
 
 
-def main() -> int:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--leg", choices=list(RUNS), help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    options = _parser().parse_args()
     folder = options.output
     if options.leg:
         leg(options.leg, folder, options.steps)

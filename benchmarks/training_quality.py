@@ -116,7 +116,7 @@ def distances(records: dict[str, list[dict[str, Any]]]) -> None:
         print(line)
 
 
-def main() -> None:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", type=Path, required=True)
@@ -126,7 +126,11 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--learning-rate", type=float, default=5e-6)
     parser.add_argument("--run", choices=list(RUNS), help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = _parser().parse_args()
     folders = {name: options.output / name.replace(", ", "-").replace(" ", "-") for name in RUNS}
     if options.run:
         train(options.run, options, folders[options.run])

@@ -69,7 +69,7 @@ def _fastdpo(*words: str) -> None:
         raise SystemExit(f"fastdpo {' '.join(words)}:\n{done.stderr}")
 
 
-def main() -> None:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", type=Path, required=True)
@@ -79,6 +79,11 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--pairs", type=int, default=2)
     parser.add_argument("--contenders", nargs="*", default=list(CONTENDERS), choices=list(CONTENDERS))
+    return parser
+
+
+def main() -> None:
+    parser = _parser()
     options = parser.parse_args()
     if options.steps < 2:
         parser.error(f"--steps {options.steps}: expected at least 2, as the first is not counted")

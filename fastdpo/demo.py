@@ -26,14 +26,7 @@ LEAST_REWARD_ACCURACY = 0.9  # on held-out pairs, after
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0, or 1 if a run failed or its results are not what they must be; the last lines say which."""
-    parser = argparse.ArgumentParser(
-        prog="fastdpo demo", description="A small model learns preferences, beside TRL's own DPOTrainer."
-    )
-    parser.add_argument("--output", default="demo", type=Path, help="folder for the report and the models (demo)")
-    for setting in dataclasses.fields(Settings):
-        kind = type(setting.default)
-        parser.add_argument(f"--{setting.name}", type=kind, default=setting.default, help=f"({setting.default})")
-    arguments = vars(parser.parse_args(argv))
+    arguments = vars(_parser().parse_args(argv))
     folder: Path = arguments.pop("output")
     settings = Settings(**arguments)
     started = time.perf_counter()
@@ -55,6 +48,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     for failure in report["failures"]:
         print(f"fastdpo demo: FAILED: {failure}", file=sys.stderr)
     return 1 if report["failures"] else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastdpo demo", description="A small model learns preferences, beside TRL's own DPOTrainer."
+    )
+    parser.add_argument("--output", default="demo", type=Path, help="folder for the report and the models (demo)")
+    for setting in dataclasses.fields(Settings):
+        kind = type(setting.default)
+        parser.add_argument(f"--{setting.name}", type=kind, default=setting.default, help=f"({setting.default})")
+    return parser
 
 
 def prepare(folder: Path, settings: Settings) -> None:

@@ -23,9 +23,7 @@ _ROWS, _VOCAB = 64, 4099  # ragged: no multiple of a vector or block
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the findings. Returns 0, or 1 if a backend that is available computes something wrong."""
-    argparse.ArgumentParser(
-        prog="fastdpo doctor", description="Which backends work on this machine, and why the others do not."
-    ).parse_args(argv)
+    _parser().parse_args(argv)
     for name, value in versions():
         print(f"{name:<14}{value}")
     print()
@@ -45,6 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{name:<8}{str(dtype).removeprefix('torch.'):<10}{'OK' if problem is None else f'FAIL: {problem}'}")
         print(f"{'':<8}self-check took {seconds:.1f} s")
     return 0 if healthy else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog="fastdpo doctor", description="Which backends work on this machine, and why the others do not."
+    )
 
 
 def versions() -> list[tuple[str, str]]:

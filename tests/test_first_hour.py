@@ -14,9 +14,6 @@ from typing import Any
 import cache_kit as kit  # skips where trl is missing
 import pytest
 
-from fastdpo import cli
-from fastdpo.bench.arguments import parser
-
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "first-hour.md").read_text()
 BLOCKS = re.findall(r"^```(bash|python|yaml)\n(.*?)^```", PAGE, flags=re.DOTALL | re.MULTILINE)
@@ -102,19 +99,6 @@ def test_the_scripts(place, monkeypatch):
             assert names["trainer"].state.global_step == 4
     assert names["out"].loss.item() == pytest.approx(math.log(2), abs=1e-4), "the cache's logps are the loop's"
     assert names["model"].get_output_embeddings().weight.grad.count_nonzero() > 0
-
-
-def test_every_command_is_one():
-    """Also those that are not run here: their commands and options exist."""
-    for code in blocks("bash", "fastdpo "):
-        for command in re.findall(r"^ *fastdpo (\w+)", code, flags=re.MULTILINE):
-            assert command in cli.COMMANDS
-    (line,) = blocks("bash", "fastdpo bench")
-    words = line.replace('"', "").split()[2:]
-    options = parser().parse_args(words)
-    assert options.model == "$MODEL" and str(options.data) == "$PAIRS"
-    assert blocks("bash", "fastdpo doctor") == ["fastdpo doctor\n"]
-    assert blocks("bash", "fastdpo demo") == ["fastdpo demo --output demo\n"]
 
 
 @pytest.mark.slow

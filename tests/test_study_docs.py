@@ -1,11 +1,10 @@
-"""docs/study.md: its configs and commands are read by what they are for; its section is written from a study."""
+"""docs/study.md: its configs are read by what they are for; its section is written from a study."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
 import re
-import shlex
 from pathlib import Path
 from types import ModuleType
 
@@ -18,14 +17,6 @@ from study_folder import START, STRONG, write_study
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
 CONFIGS = re.findall(r"<!-- config: parsed by the tests -->\n```yaml\n(.*?)```", PAGE, flags=re.DOTALL)
-
-
-def commands(name: str) -> list[list[str]]:
-    """The words of each command of the page that begins with `name` or holds it, after it."""
-    code = "".join(line[4:] for line in PAGE.splitlines(keepends=True) if line.startswith("    "))
-    lines = code.replace("\\\n", " ").splitlines()
-    found = [shlex.split(line, comments=True) for line in lines if name in line]
-    return [words[words.index(name.split()[-1]) + 1 :] for words in found]
 
 
 def make_study() -> ModuleType:
@@ -48,25 +39,6 @@ def test_configs(tmp_path: Path, text: str) -> None:
     assert len(CONFIGS) == 2 and study.training and set(study.training) <= known
     assert study.references[0].role == "start" and len(study.seeds) == 3
     assert study.training["learning_rate"] < 1e-4  # a number, not text
-
-
-def test_commands() -> None:
-    from trl import DPOConfig, ModelConfig
-
-    from fastdpo.cache import command as cache
-    from fastdpo.study import command as study
-    from fastdpo.train import FastDPOArguments
-
-    assert len(commands("fastdpo cache build")) == 1 and len(commands("fastdpo study")) == 5
-    for words in commands("fastdpo cache build"):
-        assert cache._parser().parse_args(["build", *words]).cache == "refs"
-    (train,) = commands("-m fastdpo.train")
-    kinds = (FastDPOArguments, DPOConfig, ModelConfig)
-    known = {f"--{one.name}" for kind in kinds for one in dataclasses.fields(kind)} | {"--test_split_size"}
-    assert {word for word in train if word.startswith("--")} <= known
-    for words in commands("fastdpo study"):
-        if "--probe" not in words and ">" not in words:
-            assert study._parser().parse_args(words).output
 
 
 def test_the_scorer_of_the_page() -> None:
@@ -101,5 +73,3 @@ def test_the_section_of_a_study(tmp_path: Path) -> None:
 def test_links_of_the_page() -> None:
     for target in re.findall(r"\]\(([\w./]+)\)", PAGE):
         assert (ROOT / "docs" / target).exists(), target
-    for path in re.findall(r"`((?:fastdpo|docs)/[\w./]+)`", PAGE):
-        assert (ROOT / path).exists(), path

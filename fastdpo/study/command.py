@@ -70,10 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         given.remove("--probe")
         return probe.main(given)
-    parser = _parser()
-    arguments = parser.parse_args(given)
+    arguments = _parse(given)
     try:
-        return _run(arguments, parser)
+        return _run(arguments)
     except KeyboardInterrupt:
         print("\nfastdpo study: stopped; the same command goes on where it was", file=sys.stderr)
         return 130
@@ -102,9 +101,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = _parser()
+    arguments = parser.parse_args(argv)
     if arguments.output is not None and not (arguments.demo or arguments.config):
         parser.error(f"--output {arguments.output}: expected CONFIG or --demo with it")
+    if arguments.tokens is not None and arguments.report is None:
+        parser.error(f"--tokens {arguments.tokens}: expected --report DIR with it")
+    if arguments.output is None and not (arguments.print_config or arguments.cost or arguments.report):
+        parser.error("expected CONFIG --output DIR, or --demo --output DIR")
+    return arguments
+
+
+def _run(arguments: argparse.Namespace) -> int:
     if arguments.print_config:
         print(EXAMPLE, end="")
         return 0
@@ -113,14 +122,10 @@ def _run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
         print(cost.measure(arguments.cost, arguments.cells))
         return 0
-    if arguments.tokens is not None and arguments.report is None:
-        parser.error(f"--tokens {arguments.tokens}: expected --report DIR with it")
     if arguments.report is not None:
         results.write(arguments.report)
         print(write_pages(arguments.report, arguments.tokens))
         return 0
-    if arguments.output is None:
-        parser.error("expected CONFIG --output DIR, or --demo --output DIR")
     folder: Path = arguments.output
     if arguments.demo:
         from . import demo_study
