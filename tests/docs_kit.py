@@ -42,9 +42,9 @@ def parts(document: str) -> tuple[list[Block], str]:
     return found, re.sub(f"{_FENCED}|{_INDENTED}", "", text, flags=re.MULTILINE)
 
 
-def blocks(document: str) -> list[str]:
-    """Its Python blocks."""
-    return [block.text for block in parts(document)[0] if block.language == "python"]
+def blocks(document: str, language: str = "python") -> list[str]:
+    """Its blocks of a language."""
+    return [block.text for block in parts(document)[0] if block.language == language]
 
 
 def run(document: str, names: dict[str, Any], only: slice = slice(None)) -> dict[str, Any]:

@@ -15,8 +15,10 @@ pytest.importorskip("trl")
 pytest.importorskip("pydantic")
 
 import cache_kit as kit
+import docs_kit
 import pydantic
 import trl
+import yaml
 from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, KTOConfig
@@ -202,11 +204,15 @@ def test_kto(tiny, tmp_path, rows_scored):
     assert all("loss" in record for record in trainer.state.log_history[:3])
 
 
-def test_reference_cache(tiny, tmp_path, rows_scored):
+def test_reference_cache(tiny, tmp_path, monkeypatch, rows_scored):
+    """With the settings that docs/trainers.md shows."""
+    (page,) = docs_kit.blocks("docs/trainers.md", "yaml")
+    settings = yaml.safe_load(page)
+    assert settings["plugins"] == [PLUGIN] and settings["fastdpo_reference_cache"] == "refs"
+    monkeypatch.chdir(tmp_path)
     cache = ReferenceCache(tmp_path / "refs")
     cache.build(tiny, kit.tokenizer_of(tiny), PAIRS, progress=False)
     theirs = train(DPOTrainer, tiny, tmp_path / "trl")
-    settings = {"rl": "dpo", "fastdpo_reference_cache": str(tmp_path / "refs")}
     mine = axolotl_train(settings, tiny, tmp_path / "ax")
     assert isinstance(mine, AxolotlDPOTrainer) and mine.ref_model is None
     assert len(rows_scored) == 3, "three steps, and no forward of a reference"

@@ -18,11 +18,6 @@ from fastdpo import eager
 from fastdpo.backend import BACKENDS, choose
 
 
-def examples(document: str) -> list[str]:
-    """Its Python blocks that call fastdpo's losses on hidden states."""
-    return [block for block in blocks(document) if "loss_type=" in block]
-
-
 def run(code: str) -> fastdpo.PreferenceOutput:
     names = dict(
         fastdpo=fastdpo,
@@ -41,12 +36,12 @@ def run(code: str) -> fastdpo.PreferenceOutput:
 
 def test_the_readmes_own_loss() -> None:
     """Ten lines: a function, and a call through the fused head."""
-    (example,) = examples("README.md")
+    *_, example = blocks("README.md")
     assert len(example.strip().splitlines()) <= 10
     assert run(example).loss.shape == ()
 
 
-@pytest.mark.parametrize("example", examples("docs/losses.md"), ids=["several", "own"])
+@pytest.mark.parametrize("example", blocks("docs/losses.md"), ids=["several", "own"])
 def test_the_losses_page(example: str) -> None:
     assert run(example).loss.isfinite().all()
 

@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import cache_kit as kit  # skips where trl is missing
+import docs_kit
 import pytest
+from docs_kit import ROOT
 
-ROOT = Path(__file__).parent.parent
+from fastdpo.train_data import read_pairs
+
 PAGE = (ROOT / "docs" / "first-hour.md").read_text()
-BLOCKS = re.findall(r"^```(bash|python|yaml)\n(.*?)^```", PAGE, flags=re.DOTALL | re.MULTILINE)
 
 
-def blocks(language: str, *words: str) -> list[str]:
-    """Those that contain one of the words."""
-    return [code for found, code in BLOCKS if found == language and any(word in code for word in words)]
+def shown(*words: str) -> list[str]:
+    """The shell blocks that contain one of the words."""
+    return [code for code in docs_kit.blocks("docs/first-hour.md", "shell") if any(word in code for word in words)]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,7 @@ def place(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("first_hour")
     kit.save_model(folder / "model", bos_token_id=2)
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kit.rows(10)))
-    shell(folder, *blocks("bash", "fastdpo cache build"))
+    shell(folder, *shown("fastdpo cache build"))
     return folder
 
 
@@ -58,8 +60,14 @@ def test_the_cache(place):
     assert "reference: 20 entries" in shell(place, "fastdpo cache info --cache refs")
 
 
+def test_the_pair_that_is_shown(tmp_path):
+    (row,) = docs_kit.blocks("docs/first-hour.md", "json")
+    (tmp_path / "pairs.jsonl").write_text(row)
+    assert set(read_pairs(tmp_path / "pairs.jsonl").column_names) == {"prompt", "chosen", "rejected"}
+
+
 def test_a_run_and_its_report(place):
-    run, show = *blocks("bash", "--output_dir run"), *blocks("bash", "tail -n 1")
+    run, show = *shown("--output_dir run"), *shown("tail -n 1")
     output = shell(place, short(run), show)
     assert "summary" in json.loads(output.splitlines()[-1])
     assert (place / "run" / "curves.png").exists()
@@ -70,7 +78,7 @@ def test_a_run_and_its_report(place):
 
 
 def test_the_sweep(place):
-    (loop,) = blocks("bash", "for beta in")
+    (loop,) = shown("for beta in")
     output = shell(place, short(loop).replace("0.03 0.1 0.3", "0.03 0.3"))
     assert output.count("eval_loss") == 2
     betas = {path.name: records(path)[1]["rewards/margins"] for path in (place / "sweep").iterdir()}
@@ -79,7 +87,7 @@ def test_the_sweep(place):
 
 def test_the_study(place):
     """Two betas of the three, and its results."""
-    (study,) = blocks("bash", "fastdpo study")
+    (study,) = shown("fastdpo study")
     shell(place, study.replace("max_steps: 20", "max_steps: 2").replace("0.03, 0.1, 0.3", "0.03, 0.3"))
     cells = [json.loads(path.read_text()) for path in (place / "study" / "cells").glob("*.json")]
     assert sorted(cell["cell"]["beta"] for cell in cells) == [0.03, 0.3]
@@ -91,9 +99,7 @@ def test_the_scripts(place, monkeypatch):
     """The TRL script, LoRA and the raw loop, in one session as on the page."""
     monkeypatch.chdir(place)
     names: dict[str, Any] = {"MODEL": "model", "PAIRS": "pairs.jsonl"}
-    codes = blocks("python", "import")
-    assert len(codes) == 3 and len(codes) == len([1 for language, _ in BLOCKS if language == "python"])
-    for code in codes:
+    for code in docs_kit.blocks("docs/first-hour.md"):
         exec(code.replace('report_to="none"', 'report_to="none", save_strategy="no", use_cpu=True, bf16=False'), names)
         if "trainer.train()" in code:
             assert names["trainer"].state.global_step == 4
@@ -103,7 +109,7 @@ def test_the_scripts(place, monkeypatch):
 
 @pytest.mark.slow
 def test_the_commands_that_take_long(place):
-    for code in (*blocks("bash", "fastdpo doctor"), *blocks("bash", "fastdpo demo"), *blocks("bash", "fastdpo bench")):
+    for code in (*shown("fastdpo doctor"), *shown("fastdpo demo"), *shown("fastdpo bench")):
         shell(place, code)
     assert (place / "demo" / "report.png").exists()
     assert (place / "bench" / "bench.png").exists()

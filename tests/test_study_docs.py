@@ -12,11 +12,15 @@ import pytest
 
 pytest.importorskip("trl")
 pytest.importorskip("yaml")
+import docs_kit
+from docs_kit import ROOT
 from study_folder import START, STRONG, write_study
 
-ROOT = Path(__file__).parent.parent
+from fastdpo.train_data import read_pairs
+
 PAGE = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
-CONFIGS = re.findall(r"<!-- config: parsed by the tests -->\n```yaml\n(.*?)```", PAGE, flags=re.DOTALL)
+CONFIGS = docs_kit.blocks("docs/study.md", "yaml")
+SCORER, PAIRS = docs_kit.blocks("docs/study.md")
 
 
 def make_study() -> ModuleType:
@@ -42,10 +46,26 @@ def test_configs(tmp_path: Path, text: str) -> None:
 
 
 def test_the_scorer_of_the_page() -> None:
-    (code,) = re.findall(r"```python\n(# scoring.py\n.*?)```", PAGE, flags=re.DOTALL)
     names: dict[str, object] = {}
-    exec(code, names)
+    exec(SCORER, names)
     assert names["score"](["p", "p"], ["it is 4", "5"], [{"expected": "4"}] * 2) == [1.0, 0.0]
+
+
+def test_the_pairs_of_the_paper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a data set with UltraFeedback's columns it makes what `--data` takes."""
+    import datasets
+
+    messages = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
+    columns = {"prompt_id": "a", "prompt": "2 + 2?", "chosen": messages, "messages": messages, "score_chosen": 8.5}
+    row = {**columns, "rejected": [messages[0], {"role": "assistant", "content": "5"}], "score_rejected": 2.0}
+    asked = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *name, split: asked.append((*name, split)) or datasets.Dataset.from_list([row])
+    )
+    exec(PAIRS, {})
+    assert asked == [("allenai/ultrafeedback_binarized_cleaned", "train_prefs")]
+    assert read_pairs("ultrafeedback.jsonl")[:] == {"chosen": [row["chosen"]], "rejected": [row["rejected"]]}
 
 
 def test_the_section_of_a_study(tmp_path: Path) -> None:
