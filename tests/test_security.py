@@ -1,4 +1,4 @@
-"""Nothing is unpickled, no code of a model runs unasked, and what a cache says of paths stays inside it."""
+"""Nothing is unpickled, no code of a model runs unasked, and a reference's name is no path (test_cache_paths.py)."""
 
 from __future__ import annotations
 
@@ -75,20 +75,3 @@ def test_a_references_name_is_no_path(name: str) -> None:
 
     with pytest.raises(CacheError, match="name"):
         check_name(name)
-
-
-def test_a_manifest_cannot_lead_out_of_its_folder(tmp_path: Path) -> None:
-    """A reference's id is a hash of what it says, so no id can be written that is a path."""
-    kit = pytest.importorskip("cache_kit")
-    from fastdpo.cache import CacheError, ReferenceCache
-
-    folder = kit.save_model(tmp_path / "model")
-    cache = ReferenceCache(tmp_path / "refs")
-    cache.build(folder, kit.tokenizer_of(folder), kit.rows(2), name="one", progress=False)
-    path = tmp_path / "refs" / "references" / "one.json"
-    identity = cache.reference("one").reference.id
-    text = path.read_text(encoding="utf-8")
-    assert identity in text
-    path.write_text(text.replace(identity, "../../elsewhere"), encoding="utf-8")
-    with pytest.raises(CacheError):
-        ReferenceCache(tmp_path / "refs").reference("one")

@@ -1,11 +1,14 @@
-"""Files that are there whole or not at all, on local and network file systems."""
+"""Files that are there whole or not at all, on local and network file systems; and none outside of the cache."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import uuid
+from collections.abc import Collection
 from pathlib import Path
+
+from .errors import CacheError
 
 TEMPORARY = ".tmp"  # suffix of what is being written; a killed writer leaves it, `gc` removes it
 
@@ -50,6 +53,29 @@ def touch(folder: Path) -> float:
         return temporary.stat().st_mtime
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def refuse_links(root: Path, names: Collection[str], depth: int) -> None:
+    """Raise CacheError for a link out of a folder: what is written or deleted in the folder would be so elsewhere.
+
+    Args:
+        names: of the files and folders in it that count.
+        depth: of the folders below that count.
+    """
+    home = Path(os.path.realpath(root))
+
+    def look(folder: str | Path, left: int) -> None:
+        # What is no folder, or went away meanwhile, has no links in it
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+            for entry in entries:
+                if left == depth and entry.name not in names:
+                    continue
+                if entry.is_symlink() and not (target := Path(os.path.realpath(entry.path))).is_relative_to(home):
+                    raise CacheError(f"{entry.path}: a link that leads out of the cache, to {target}; not followed")
+                if left and entry.is_dir():
+                    look(entry.path, left - 1)
+
+    look(root, depth)
 
 
 def _temporary(path: Path, data: bytes | memoryview, sync: bool) -> Path:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .rows import PARTS
+from .shard import is_name
 
 SUFFIX = ".rows.jsonl"
 _SHOWN = 1000
@@ -74,7 +75,7 @@ def expected(folder: Path) -> set[str]:
     for line in _lines(folder):
         written |= {str(line["written"])} if "written" in line else set()
         retired |= {str(line["retired"])} if "retired" in line else set()
-    return written - retired
+    return set(filter(is_name, written - retired))
 
 
 def _lines(folder: Path) -> Iterator[dict[str, Any]]:

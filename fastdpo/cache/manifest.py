@@ -7,7 +7,8 @@
     DIR/index/ID/SHA256.arrow            what was read from them
 
 One file a name, so that builders of different references never write the same file. Each is under a checksum. The one
-thing in them that is followed is where the tokenizer lies, if none is given; folders are named by hashes.
+thing in them that is followed is where the tokenizer lies, if none is given; folders are named by hashes. Links that
+lead out of the folder are refused.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from .errors import CacheError
 from .key import Reference
 
 _FORMAT = {"format": "fastdpo reference logps", "version": 1}
+_OWN = ("manifest.json", "references", "shards", "index", "claims")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -59,7 +61,8 @@ class Manifest:
             files.write(self._file, json.dumps(_FORMAT).encode())
 
     def check(self) -> None:
-        """Raise CacheError for a folder that holds something else, or a later version of this."""
+        """Raise CacheError for a folder that holds something else, a later version of this, or a link out of it."""
+        files.refuse_links(self._file.parent, _OWN, depth=2)
         if not self._file.exists():
             return
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from .errors import CacheError, DamagedShard
 from .key import KEY_BYTES
 
 SUFFIX = ".parquet"
+_NAME = re.compile("[0-9a-f]{64}")
 _METADATA = b"fastdpo"
 _SCHEMA = {
     "key": pa.binary(KEY_BYTES),
@@ -76,6 +78,11 @@ def encode(reference: str, shard: Shard) -> tuple[str, bytes]:
     return hashlib.sha256(data).hexdigest(), data
 
 
+def is_name(name: str) -> bool:
+    """Whether a file of this name can be a shard: no other is looked for or deleted because a file says so."""
+    return _NAME.fullmatch(name) is not None
+
+
 def save(folder: Path, name: str, data: bytes) -> None:
     """Write what `encode` gave; it is there whole or not at all."""
     files.write(folder / f"{name}{SUFFIX}", data)
@@ -101,6 +108,9 @@ def read(path: Path, reference: str, *, tokens: bool = False) -> Shard:
         about = json.loads(file.metadata.metadata[_METADATA])
         if about["format"] != 1 or about["reference"] != reference:
             raise DamagedShard(f"{path}: a shard of format {about['format']} and reference {about['reference']}")
+        for old in about["replaces"]:
+            if not is_name(old):
+                raise DamagedShard(f"{path}: replaces {old!r}, expected the name of a shard")
         schema = {field.name: field.type for field in file.schema_arrow}
         has_tokens = "token_logps" in schema
         expected = {k: v for k, v in _SCHEMA.items() if k != "token_logps" or has_tokens}

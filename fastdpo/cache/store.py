@@ -34,7 +34,7 @@ class ReferenceCache:
         path: the folder. The first build makes it.
 
     Raises:
-        CacheError: the folder holds a later version of this, or something else under its names.
+        CacheError: the folder holds a later version of this, something else under its names, or a link out of it.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -132,6 +132,7 @@ class ReferenceCache:
         Args:
             first: the first row.
         """
+        self._manifest.check()
         options.check()
         check_name(name)
         prefix = None if tokenizer is None else rows.prior_prefix(tokenizer)
