@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -13,20 +13,40 @@ from . import rows as rows_
 from .build import Builder, untouched_random_state
 from .errors import CacheError
 from .key import KEY_BYTES, as_array
+from .lookup import Entries
 from .manifest import NamedReference
 from .model import ReferenceModel
 from .options import BuildOptions
 from .record import Record
 from .rows import PARTS, Preparation, Row, sequence
 
-if TYPE_CHECKING:
-    from .store import ReferenceCache
-
 CHOSEN, REJECTED = "ref_chosen_logps", "ref_rejected_logps"  # as TRL 1.16 calls them
 BATCH = 1000  # rows prepared at once, and of a stream looked up
 BATCH_OF_KEYS = 1 << 16  # rows of a data set looked up at once: each shard is read that seldom for token logps
 AS_BUILT: Any = "as built"
 MODEL_KEYWORDS = {"dtype", "autocast", "temperature", "device", "backend", "revision", "trust_remote_code"}
+
+
+class Cache(Protocol):
+    """What is asked of a `ReferenceCache`, which for its part asks for columns."""
+
+    @property
+    def references(self) -> dict[str, NamedReference]: ...
+
+    def reference(self, name: str | None = None) -> NamedReference: ...
+
+    def builder(
+        self, model: ReferenceModel, tokenizer: Any, first: Row, name: str, options: BuildOptions
+    ) -> Builder: ...
+
+    def lookup(
+        self,
+        keys: np.ndarray,
+        reference: str | NamedReference | None = None,
+        *,
+        places: SequenceOf[str] | None = None,
+        token_logps: bool = False,
+    ) -> Entries: ...
 
 
 class Columns:
@@ -43,7 +63,7 @@ class Columns:
 
     def __init__(
         self,
-        cache: ReferenceCache,
+        cache: Cache,
         named: NamedReference,
         prepare: Preparation,
         parts: list[int],
@@ -191,7 +211,7 @@ class Asked(NamedTuple):
 
 
 def resolve(
-    cache: ReferenceCache, reference: str | None, first: Row, asked: Asked, build_keywords: dict[str, Any]
+    cache: Cache, reference: str | None, first: Row, asked: Asked, build_keywords: dict[str, Any]
 ) -> tuple[NamedReference, Builder | None]:
     """(the reference with the max_length and truncation_mode to use; what computes missing entries, if asked to)
 

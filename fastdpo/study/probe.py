@@ -22,8 +22,9 @@ from ..options import check_number
 from ..train_data import read_pairs
 from . import probe_report, probe_samples
 from .config import Sampling
-from .probe_numbers import Compatibility, compare
-from .probe_scores import POLICY, Scores, read, score, score_answers, tokenizer_of
+from .probe_numbers import compare
+from .probe_report import Probe
+from .probe_scores import POLICY, read, score, score_answers, tokenizer_of
 from .sampling import Answer
 
 BETAS = (0.01, 0.03, 0.1, 0.3, 1.0)
@@ -41,14 +42,6 @@ class Scored(NamedTuple):
     tokenizer: Any  # the policy's
     answers: dict[str, Entries]  # name -> scores of the policy's own answers, where they were asked for
     prompts: list[int]  # of each answer, which prompt
-
-
-class Probe(NamedTuple):
-    """A probe's answer."""
-
-    policy: Scores
-    references: list[Compatibility]
-    settings: dict[str, Any]  # what was asked for, for the report
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -14,9 +14,7 @@ from matplotlib.figure import Figure
 from ..cache import files
 from ..plots import BLUE, GREEN, GREY, ORANGE, STYLE
 from .probe_numbers import FULL, SATISFIED, AtBeta, Compatibility, Estimate, right
-
-if TYPE_CHECKING:
-    from .probe import Probe
+from .probe_scores import Scores
 
 EVEN = 0.9  # effective share of pairs from which on nearly all carry the gradient
 FEW = 0.5  # below which few do
@@ -36,6 +34,14 @@ NOTES = f"""\
 - In words, at a beta: nearly all pairs carry the gradient if the effective share is at least {EVEN:.0%}; few do if it
   is below {FEW:.0%}, or if at least {MANY:.0%} of the pairs are satisfied; else it is uneven.
 - This is how a run would start. It says nothing of how it ends: a reference that ranks well may still be a bad one."""
+
+
+class Probe(NamedTuple):
+    """A probe's answer."""
+
+    policy: Scores
+    references: list[Compatibility]
+    settings: dict[str, Any]  # what was asked for, for the report
 
 
 def write(probe: Probe, folder: Path) -> str:
