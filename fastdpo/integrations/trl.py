@@ -203,7 +203,7 @@ class FastDPOTrainer(PackingTrainer):
 
     Raises:
         UnsupportedHead: any other head, such as a quantised one.
-        As `trl.DPOTrainer`, `patch`, `CachedReferenceTrainer` and `PackingTrainer`.
+        ValueError, TypeError: as `trl.DPOTrainer`, `patch`, `CachedReferenceTrainer` and `PackingTrainer`.
     """
 
     #: Keywords of `linear_token_logps` (grad_tol, workspace_mb, backend); set on a subclass or an instance
