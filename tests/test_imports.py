@@ -58,6 +58,25 @@ def test_readme_names_resolve() -> None:
         assert hasattr(fastdpo, name), name
 
 
+def test_the_readmes_map() -> None:
+    """Every module and every folder is in it, by itself or with its folder; and what is in it is there."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = readme.partition("## In the code\n")[2].partition("\n## ")[0].splitlines()
+    named: set[Path] = set()
+    for cell in (row.split("|")[1] for row in rows if row.startswith("| `")):
+        folder = Path()
+        for text in re.findall(r"`([^`]+)`", cell):  # `fastdpo/cli.py`, `train.py`: both are of fastdpo/
+            folder = Path(text).parent if "/" in text.rstrip("/") else folder
+            found = set(ROOT.glob(text if "/" in text else f"{folder}/{text}"))
+            assert found, f"{text}: not there"
+            named |= found
+    folders = [path for path in ROOT.glob("[!.]*/") if any((*path.glob("*.py"), *path.glob("*.md")))]
+    every = [*folders, *(path for path in sources().values() if path.name != "__init__.py")]
+    inside = {child for path in named if path.is_dir() for child in path.rglob("*")}
+    left_out = set(every) - named - inside - {folder for path in named for folder in path.parents}
+    assert not left_out, ", ".join(sorted(str(path.relative_to(ROOT)) for path in left_out))
+
+
 # --- its shape -------------------------------------------------------------------------------------------------------
 
 
