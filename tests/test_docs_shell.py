@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import json
 import os
 import re
 import shutil
@@ -21,6 +22,8 @@ from fastdpo import cli
 
 pytest.importorskip("trl")
 pytest.importorskip("yaml")
+
+import cache_kit as kit
 
 from fastdpo.bench.providers import PROVIDERS
 from fastdpo.integrations import llama_factory
@@ -196,3 +199,26 @@ def test_a_config_to_start_from(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_wrong_one_is_found(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises((AssertionError, SystemExit, ValueError)):
         check(Command("", tuple(words.split())), monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("name", "small"),
+    [
+        ("cache_lookup", "--keys 500 --rounds 1"),
+        (
+            "shared_prompts",
+            "--layers 1 --width 64 --vocab 99 --pairs 1 --length 32 --shares 0.5 --rounds 1 --output out",
+        ),
+        ("bf16_agreement", "--model model --data pairs.jsonl --batches 1"),
+    ],
+)
+def test_a_benchmark_of_the_page_runs(
+    name: str, small: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those that no other test runs and that are quick when made small."""
+    kit.save_model(Path("model"))
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kit.rows(8)))
+    assert any(command.words[2:3] == (f"benchmarks.{name}",) for command in COMMANDS)
+    monkeypatch.setattr(sys, "argv", [name, *small.split()])
+    importlib.import_module(f"benchmarks.{name}").main()
+    assert capsys.readouterr().out
