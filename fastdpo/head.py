@@ -131,7 +131,8 @@ def linear_token_logps(
         ignore_index, shift, temperature, softcap, logit_scale, stats, backend: as for `token_logps`.
 
     Raises:
-        As `token_logps`; ValueError also for hidden and weight of different H.
+        ValueError: as `token_logps`; hidden and weight of different H.
+        TypeError, RuntimeError: as `token_logps`.
     """
     options = head_options(
         ignore_index=ignore_index,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdpo.backend import DTYPES, choose
+from fastdpo.backend import BACKENDS, choose
 from fastdpo.options import Transform
 
 PLAIN, CAPPED = Transform(), Transform(0.5, 20.0, 0.8)
@@ -42,7 +42,7 @@ class Guards:
 @pytest.fixture
 def kernels(backend: str, request: pytest.FixtureRequest) -> Callable[[torch.dtype], object]:
     def of(dtype: torch.dtype) -> object:
-        assert dtype in DTYPES[backend]
+        assert dtype in BACKENDS[backend].dtypes
         return choose(backend, torch.device("cpu"), dtype)
 
     return of
