@@ -2,13 +2,15 @@
 
     python -m benchmarks.soak --output DIR [--steps 2000]
 
-The demo's model and task, float32, the same seed through TRL's DPOTrainer and through FastDPOTrainer, each in a process
-of its own. Resident memory of the steps' ends: its slope over the second half of the run, MiB per 1,000 steps. Drift:
-rounding differs, and training amplifies it, so a third run is the truth, TRL in float64, and a fourth the yardstick,
-TRL with `log_softmax` where it has a gather less `logsumexp`. How far the weights of each are from the truth, relative
-to how far they have moved; and the losses.
-DIR/soak.json, DIR/soak.png. Exit code 1: memory grows, or fastdpo is further from the truth than twice the further of
-TRL's two formulas.
+The demo's model and task, the same seed through TRL's DPOTrainer and through FastDPOTrainer, in float32 and in bf16
+(TRL's default: autocast), where fastdpo's tiles are compacted; each run in a process of its own. Resident memory of the
+steps' ends: its slope over the second half of the run, MiB per 1,000 steps. Drift: rounding differs, and training
+amplifies it, so one more run is the truth, TRL in float64, and another of each precision the yardstick, TRL with
+`log_softmax` where it has a gather less `logsumexp`. How far the weights of each are from the truth, relative to how
+far they have moved; and the losses. DIR/soak.json, DIR/soak.png.
+
+Exit code 1, with the reason: memory grows, fastdpo is further from the truth than twice the further of TRL's two
+formulas, or no tile was compacted in bf16.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +30,24 @@ import torch
 from matplotlib.figure import Figure
 
 from fastdpo.bench.measure import machine
-from fastdpo.plots import BLUE, GREEN, GREY, ORANGE, STYLE
+from fastdpo.plots import BLUE, GREEN, ORANGE, STYLE
 
-TRUTH, OTHER = "TRL, float64", "TRL, log_softmax"
-RUNS = {TRUTH: GREY, "TRL": ORANGE, OTHER: GREEN, "fastdpo": BLUE}
+OTHER = "TRL, log_softmax"
+RUNS = {"TRL": ORANGE, OTHER: GREEN, "fastdpo": BLUE}
+PRECISIONS = ("float32", "bfloat16")
+TRUTH = ("TRL", "float64")
+LEGS = [TRUTH, *((name, precision) for precision in PRECISIONS for name in RUNS)]
 MOST_GROWTH = 2.0  # MiB per 1,000 steps; the allocator's own noise is about 1
 MOST_DRIFT = 2.0  # times the further of TRL's two formulas
 
 
-def leg(name: str, folder: Path, steps: int) -> None:
-    """In this process: train, write FOLDER/NAME.json and the weights."""
+def leg(name: str, precision: str, folder: Path, steps: int) -> None:
+    """In this process, which is the run's own: train, write FOLDER/NAME-PRECISION.json and the weights."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer
     from trl.trainer import utils
 
+    from fastdpo import tiles
     from fastdpo.integrations.trl import FastDPOTrainer
     from fastdpo.memory import resident_memory_mib
     from fastdpo.train_data import read_pairs
@@ -52,8 +59,17 @@ def leg(name: str, folder: Path, steps: int) -> None:
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.mib.append(resident_memory_mib())
 
+    kinds: Counter[str] = Counter()
+    forward = tiles.forward
+
+    def counted(*arguments: Any) -> Any:
+        results, saved = forward(*arguments)
+        kinds.update("exact" if kept is None else type(kept).__name__ for *_, kept in (saved.tiles if saved else ()))
+        return results, saved
+
+    tiles.forward = counted
     if name == OTHER:
-        utils._ChunkedLogProbFunction = LogSoftmax  # in this process, which is the run's own
+        utils._ChunkedLogProbFunction = LogSoftmax
     memory = Memory()
     config = DPOConfig(
         output_dir=str(folder / "trainer"),
@@ -64,15 +80,14 @@ def leg(name: str, folder: Path, steps: int) -> None:
         logging_steps=1,
         save_strategy="no",
         report_to="none",
-        bf16=False,
+        bf16=precision == "bfloat16",
         gradient_checkpointing=False,
         use_cpu=True,
         seed=0,
     )
+    dtype = torch.float64 if precision == "float64" else torch.float32
     trainer = (FastDPOTrainer if name == "fastdpo" else DPOTrainer)(
-        model=AutoModelForCausalLM.from_pretrained(
-            folder / "start", dtype=torch.float64 if name == TRUTH else torch.float32
-        ),
+        model=AutoModelForCausalLM.from_pretrained(folder / "start", dtype=dtype),
         args=config,
         train_dataset=read_pairs(folder / "train.jsonl"),
         processing_class=AutoTokenizer.from_pretrained(folder / "start"),
@@ -80,8 +95,9 @@ def leg(name: str, folder: Path, steps: int) -> None:
     )
     trainer.train()
     losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
-    (folder / f"{name}.json").write_text(json.dumps({"losses": losses, "mib": memory.mib}))
-    torch.save({k: v.detach() for k, v in trainer.model.named_parameters()}, folder / f"{name}.pt")
+    result = {"losses": losses, "mib": memory.mib, "tiles": kinds}
+    (folder / f"{name}-{precision}.json").write_text(json.dumps(result))
+    torch.save({k: v.detach() for k, v in trainer.model.named_parameters()}, folder / f"{name}-{precision}.pt")
 
 
 class LogSoftmax:
@@ -109,12 +125,12 @@ class LogSoftmax:
             return of_targets, entropy, squares, logits.mean(-1), logits.argmax(-1) == targets
 
 
-def drift(folder: Path, one: str, other: str) -> float:
+def drift(folder: Path, truth: tuple[str, str], other: tuple[str, str]) -> float:
     """Distance of two runs' weights, by the distance of the first from the start."""
     from safetensors.torch import load_file
 
     start = load_file(folder / "start" / "model.safetensors")
-    a, b = (torch.load(folder / f"{name}.pt", weights_only=True) for name in (one, other))
+    a, b = (torch.load(folder / f"{'-'.join(run)}.pt", weights_only=True) for run in (truth, other))
     apart = sum(((a[k] - b[k]).double() ** 2).sum() for k in a)
     moved = sum(((a[k] - start[k]).double() ** 2).sum() for k in a if k in start)
     return float((apart / moved).sqrt())
@@ -126,26 +142,76 @@ def growth(mib: list[float]) -> float:
     return float(np.polyfit(np.arange(half, len(mib)), mib[half:], 1)[0] * 1000)
 
 
-def picture(runs: dict[str, dict[str, Any]], losses_off: dict[str, np.ndarray], path: Path) -> None:
+def problems(found: dict[str, Any]) -> list[str]:
+    """What the soak should not have found, a line each. found: soak.json."""
+    lines = []
+    for precision in PRECISIONS:
+        runs = found[precision]
+        mine, farthest = runs["fastdpo"], max(runs[name]["drift"] for name in runs if name != "fastdpo")
+        if not mine["growth"] <= MOST_GROWTH:
+            lines.append(
+                f"{precision}: memory grows by {mine['growth']:.1f} MiB per 1,000 steps, at most {MOST_GROWTH}"
+            )
+        if not mine["drift"] <= MOST_DRIFT * farthest:
+            lines.append(f"{precision}: fastdpo is {mine['drift']:.1e} from float64, TRL at most {farthest:.1e}")
+    if not found["bfloat16"]["fastdpo"]["compacted"]:
+        lines.append("bfloat16: no tile was compacted, so the soak says nothing of that path")
+    return lines
+
+
+def summary(folder: Path, runs: dict[tuple[str, str], dict[str, Any]]) -> dict[str, Any]:
+    """soak.json: of each precision and run its growth, drift, mean distance of the losses, share of compacted tiles."""
+    found: dict[str, Any] = {"machine": machine(), "steps": len(runs[TRUTH]["mib"])}
+    for precision in PRECISIONS:
+        found[precision] = {}
+        for name in RUNS:
+            run = runs[name, precision]
+            tiles = run["tiles"]
+            found[precision][name] = {
+                "growth": growth(run["mib"]),
+                "drift": drift(folder, TRUTH, (name, precision)),
+                "loss_apart": float(losses_off(runs, name, precision).mean()),
+                "compacted": (tiles.get("Sparse", 0) + tiles.get("Compact", 0)) / max(1, sum(tiles.values())),
+            }
+    return found
+
+
+def losses_off(runs: dict[tuple[str, str], dict[str, Any]], name: str, precision: str) -> np.ndarray:
+    return np.abs(np.subtract(runs[name, precision]["losses"], runs[TRUTH]["losses"]))
+
+
+def picture(runs: dict[tuple[str, str], dict[str, Any]], path: Path) -> None:
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(11, 3.8), layout="constrained")
-        memory, apart = figure.subplots(1, 2)
-        for name, run in runs.items():
-            memory.plot(range(1, len(run["mib"]) + 1), run["mib"], color=RUNS[name], label=name, lw=1)
-        memory.set(title="Resident memory, MiB", xlabel="step", ylim=(0, None))
-        for name, off in losses_off.items():
-            apart.semilogy(range(1, len(off) + 1), off + 1e-9, color=RUNS[name], lw=0.8, label=name)
-        apart.set(title="Loss, distance from float64's", xlabel="step")
+        figure = Figure(figsize=(11, 7), layout="constrained")
+        for (memory, apart), precision in zip(figure.subplots(2, 2, sharex=True), PRECISIONS, strict=True):
+            for name, color in RUNS.items():
+                mib, off = runs[name, precision]["mib"], losses_off(runs, name, precision)
+                memory.plot(range(1, len(mib) + 1), mib, color=color, label=name, lw=1)
+                apart.semilogy(range(1, len(off) + 1), off + 1e-9, color=color, label=name, lw=0.8)
+            memory.set(title=f"{precision}: resident memory, MiB", ylim=(0, None))
+            apart.set(title=f"{precision}: loss, distance from float64's")
+            memory.legend(loc="lower right")
+            apart.legend(loc="lower right")
         for axes in (memory, apart):
-            axes.legend()
+            axes.set_xlabel("step")
         figure.savefig(path, dpi=120)
+
+
+def table(found: dict[str, Any]) -> str:
+    lines = [f"{'':28}{'MiB per 1,000 steps':>20}{'weights off':>14}{'mean loss off':>16}{'tiles compacted':>18}"]
+    for precision in PRECISIONS:
+        for name, run in found[precision].items():
+            compacted = f"{run['compacted']:18.0%}" if name == "fastdpo" else ""
+            numbers = f"{run['growth']:20.2f}{run['drift']:14.1e}{run['loss_apart']:16.1e}"
+            lines.append(f"{f'{precision}: {name}':28}{numbers}{compacted}")
+    return "\n".join(lines)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--leg", choices=list(RUNS), help=argparse.SUPPRESS)
+    parser.add_argument("--leg", nargs=2, metavar=("RUN", "PRECISION"), help=argparse.SUPPRESS)
     return parser
 
 
@@ -153,38 +219,25 @@ def main() -> int:
     options = _parser().parse_args()
     folder = options.output
     if options.leg:
-        leg(options.leg, folder, options.steps)
+        leg(*options.leg, folder, options.steps)
         return 0
     from tqdm import tqdm
 
     from fastdpo import demo
     from fastdpo.demo_model import Settings
 
-    demo.prepare(folder, Settings(vocabulary=4096))
+    demo.prepare(folder, Settings(vocabulary=4096, pretrain_steps=1000))  # so long, so that its softmax is sparse
     quiet = {"PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
-    for name in tqdm(RUNS, unit="run"):
-        command = [sys.executable, "-m", "benchmarks.soak", "--output", str(folder), "--leg", name]
+    for name, precision in tqdm(LEGS, unit="run"):
+        command = [sys.executable, "-m", "benchmarks.soak", "--output", str(folder), "--leg", name, precision]
         command += ["--steps", str(options.steps)]
         subprocess.run(command, env={**os.environ, **quiet}, check=True, stdout=subprocess.DEVNULL)
-    runs = {name: json.loads((folder / f"{name}.json").read_text()) for name in RUNS}
-    found: dict[str, Any] = {"machine": machine(), "steps": options.steps}
-    found["growth"] = {name: growth(run["mib"]) for name, run in runs.items()}
-    losses_off = {
-        name: np.abs(np.subtract(run["losses"], runs[TRUTH]["losses"])) for name, run in runs.items() if name != TRUTH
-    }
-    found["drift"] = {name: drift(folder, TRUTH, name) for name in losses_off}
-    found["loss_apart"] = {name: float(off.mean()) for name, off in losses_off.items()}
+    runs = {run: json.loads((folder / f"{'-'.join(run)}.json").read_text()) for run in LEGS}
+    found = summary(folder, runs)
     (folder / "soak.json").write_text(json.dumps(found, indent=1) + "\n")
-    picture(runs, losses_off, folder / "soak.png")
-    print(f"{machine()}; {options.steps} steps")
-    print(f"{'':20}{'MiB per 1,000 steps':>20}{'weights off':>18}{'mean loss off':>20}")
-    for name in RUNS:
-        apart = f"{found['drift'][name]:18.1e}{found['loss_apart'][name]:20.1e}" if name in found["drift"] else ""
-        print(f"{name:20}{found['growth'][name]:20.2f}{apart}")
-    print(folder / "soak.png")
-    flat = found["growth"]["fastdpo"] <= MOST_GROWTH
-    together = found["drift"]["fastdpo"] <= MOST_DRIFT * max(found["drift"]["TRL"], found["drift"][OTHER])
-    return 0 if flat and together else 1
+    picture(runs, folder / "soak.png")
+    print(f"{machine()}; {found['steps']} steps", table(found), folder / "soak.png", *problems(found), sep="\n")
+    return 1 if problems(found) else 0
 
 
 if __name__ == "__main__":
