@@ -6,7 +6,6 @@ padded batch all or only those that count.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 # Products [N, H] x [H, V] of (forward only, frozen head, both gradients); a contender that recomputes the logits in its
@@ -104,8 +103,3 @@ def logits_passes(size: int) -> float:
 def least_moved(work: Work) -> int:
     """From logits, bytes that any contender must move: read in the forward, read and written in the backward."""
     return 3 * work.size * work.counted * work.vocab
-
-
-def fraction(model: float, seconds: float, rate: float) -> float:
-    """Of the machine's rate that `model` (operations or bytes) in `seconds` is; nan without a rate."""
-    return model / seconds / rate if rate > 0 else math.nan
