@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdpo import compaction, linear_token_logps, tiles
+from fastdpo import TokenLogps, compaction, linear_token_logps, saved, tiles
 
 TOL = 2.0**-10
 
@@ -25,6 +25,12 @@ def gradients(hidden: Tensor, weight: Tensor, labels: Tensor, g: Tensor, **keywo
     out = linear_token_logps(h, w, labels, stats=("dropped_mass",), **keywords)
     out.logps.backward(g.to(out.logps.dtype))
     return out.logps.detach(), out.dropped_mass, h.grad, w.grad
+
+
+def kept(out: TokenLogps) -> list[str | None]:
+    """What each tile of a forward keeps for its backward, by the name of its class; None: nothing of its own."""
+    _, layout = out.logps.grad_fn.saved_layout
+    return [None if kind is None else saved._KINDS[kind].__name__ for *_, kind in layout]
 
 
 def filled(kept: compaction.Sparse) -> compaction.Compact:
