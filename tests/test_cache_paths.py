@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from shard_kit import NAMED, REFERENCE, cache_of, entries, index_files, small_files, write  # noqa: F401
 
@@ -126,6 +125,8 @@ def test_an_index(
     absolute: bool,
 ) -> None:
     """Its shards' names are where token logps are read."""
+    import pyarrow as pa
+
     more = entries(20, seed=3, tokens=True)
     write(cache.shards(NAMED), more)
     cache.index(NAMED)

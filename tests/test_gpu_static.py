@@ -21,6 +21,10 @@ import torch
 pytest.importorskip("triton")
 pytestmark = pytest.mark.xdist_group("compiled")  # once, for one worker
 
+# Older compilers make other machine code of the same kernels: a few spills, fewer programs at once
+LIMITS = pytest.mark.skipif(
+    tuple(map(int, version("triton").split(".")[:2])) < (3, 9), reason="the limits are those of Triton 3.9's compiler"
+)
 TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
 # Names of compile_offline.CASES
 FORWARD = [
@@ -80,6 +84,7 @@ def compiled() -> dict[tuple[str, str, str], dict[str, Any]]:
     return {(row["kernel"], row["dtype"], row["target"]): row for row in rows}
 
 
+@LIMITS
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("kernel", FORWARD + BACKWARD + MASS + PROBS + GRADIENT + OTHERS)
 def test_compiles_without_spills(kernel: str, target: str) -> None:
@@ -109,6 +114,7 @@ def test_gather_is_coalesced(kernel: str, target: str) -> None:
     assert row["store_bits"] == 128 or kernel == "probs, odd n"
 
 
+@LIMITS
 @pytest.mark.parametrize("kernel", INSTRUCTIONS)
 def test_instructions_per_logit(kernel: str) -> None:
     assert compiled()[kernel, "bf16", "sm_90"]["instructions_per_logit"] <= INSTRUCTIONS[kernel]
@@ -123,6 +129,7 @@ def test_special_functions_per_logit(kernel: str) -> None:
         assert least <= found <= least + 0.05
 
 
+@LIMITS
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("kernel", FORWARD + BACKWARD + MASS + PROBS + GRADIENT)
 def test_loads_in_flight(kernel: str, target: str) -> None:

@@ -47,6 +47,7 @@ def test_nothing_is_unpickled() -> None:
 
 def test_the_loader_of_a_config_is_a_safe_one(tmp_path: Path) -> None:
     pytest.importorskip("yaml")
+    pytest.importorskip("trl")
     from fastdpo.study.config import read
     from fastdpo.study.errors import StudyError
 
