@@ -73,6 +73,8 @@ def test_a_failing_compiler_names_its_log(tmp_path: Path) -> None:
     assert float(done.stdout) == pytest.approx(-math.log(4)), done.stderr
     assert done.stderr.count(f"the C++ build failed with {compiler}; its output is in {log}") == 1
     assert "this compiler is broken" in log.read_text()
+    nothing = run(TWICE, FASTDPO_CACHE=str(tmp_path / "other"), CXX="true")  # succeeds, and writes no library
+    assert nothing.stderr.count("the C++ build failed with true; its output is in") == 1
 
 
 @pytest.mark.parametrize(
@@ -94,6 +96,15 @@ def test_a_built_library_needs_no_compiler(tmp_path: Path) -> None:
     code = "from fastdpo.backend import load; print(load('cpu'))"
     done = run(code, PATH=str(tmp_path), CXX="")
     assert "module 'fastdpo.cpu'" in done.stdout
+
+
+def test_a_blank_cache_folder_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Else a library would be built into, and loaded from, whatever folder a process runs in."""
+    from fastdpo.cpu.build import cache_folder
+
+    monkeypatch.setenv("FASTDPO_CACHE", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "fastdpo"
 
 
 def test_a_cache_folder_that_cannot_be_written(tmp_path: Path) -> None:

@@ -80,8 +80,8 @@ def library() -> Path:
 
 def cache_folder() -> Path:
     """$FASTDPO_CACHE, else fastdpo/ in the user's cache folder."""
-    if "FASTDPO_CACHE" in os.environ:
-        return Path(os.environ["FASTDPO_CACHE"])
+    if given := os.environ.get("FASTDPO_CACHE"):
+        return Path(given)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastdpo"
 
 
@@ -154,7 +154,7 @@ def _build(folder: Path, compiler: list[str], flags: list[str], log: Path) -> No
     ]
     (folder / "build.ninja").write_text("\n".join(lines) + "\n")
     done = subprocess.run([Path(ninja.BIN_DIR) / "ninja"], cwd=folder, capture_output=True, text=True)
-    if done.returncode:
+    if done.returncode or not (folder / "fastdpo_cpu.so").exists():
         log.write_text(done.stdout + done.stderr)
         raise BuildError(f"the C++ build failed with {' '.join(compiler)}; its output is in {log}")
 
