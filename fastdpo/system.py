@@ -1,9 +1,10 @@
-"""What this machine is and what is installed on it, in words."""
+"""What this machine is and what is installed on it, in words; and how long this process has been there."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import platform
+import time
 
 
 def processor() -> str:
@@ -21,3 +22,10 @@ def installed_version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def process_seconds() -> float:
+    """How long this process has been there."""
+    import psutil
+
+    return time.time() - psutil.Process().create_time()

@@ -62,7 +62,7 @@ class FastDPOArguments:
 def main(argv: Sequence[str] | None = None) -> int:
     """Train. Returns 0, or 1 with one line on stderr if the arguments or the data are not usable."""
     from .cache import CacheError
-    from .integrations.output_head import UnsupportedHead
+    from .integrations.head_product import UnsupportedHead
 
     try:
         run(*parse(argv))

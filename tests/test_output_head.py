@@ -14,14 +14,8 @@ import peft
 from peft import LoraConfig, TrainableTokensConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fastdpo.integrations.output_head import (
-    HeadProduct,
-    UnsupportedHead,
-    check_head,
-    is_bare,
-    output_head,
-    product_of,
-)
+from fastdpo.integrations.head_product import HeadProduct, UnsupportedHead, is_bare, product_of
+from fastdpo.integrations.output_head import check_head, output_head
 
 VOCAB, HIDDEN = 101, 16
 

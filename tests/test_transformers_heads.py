@@ -15,7 +15,7 @@ import peft
 import transformers
 from test_transformers import SIZES, VOCAB, assert_equal_runs, batch, loss_and_gradients, tiny
 
-from fastdpo.integrations.output_head import UnsupportedHead
+from fastdpo.integrations.head_product import UnsupportedHead
 from fastdpo.integrations.transformers import fused_head, is_fused, unfuse_head
 
 

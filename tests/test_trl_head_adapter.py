@@ -33,7 +33,7 @@ from trl_kit import (
 )
 
 from fastdpo.cache import ReferenceCache
-from fastdpo.integrations.output_head import UnsupportedHead
+from fastdpo.integrations.head_product import UnsupportedHead
 from fastdpo.integrations.trl import FastDPOTrainer
 from fastdpo.integrations.trl_head import adapter_on_head_allowed
 

@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCES = {"fastdpo": "fastdpo", "kernels/gpu": "fastdpo/gpu", "kernels/cpu": "fastdpo/cpu"}  # folder, in the wheel
+# folder -> in the wheel
+SOURCES = {"fastdpo": "fastdpo"} | {
+    f"kernels/{path.parent.name}": f"fastdpo/{path.parent.name}" for path in (ROOT / "kernels").glob("*/__init__.py")
+}
 SHIPPED = {".py", ".cpp", ".h", ".typed", ".html", ".css", ".js"}
 
 

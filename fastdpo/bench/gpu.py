@@ -13,7 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .measure import Cost
+
+class Cost(NamedTuple):
+    """Of one call."""
+
+    seconds: float
+    mib: float  # peak above what was held before and the tensors that it returned
 
 
 class Ceilings(NamedTuple):

@@ -6,20 +6,14 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..memory import peak_memory_mib, resident_memory_mib
 from ..system import processor
-
-
-class Cost(NamedTuple):
-    """Of one call."""
-
-    seconds: float
-    mib: float  # peak above what was held before and the tensors that it returned
+from . import gpu
+from .gpu import Cost
 
 
 def wall_seconds(call: Callable[[], object]) -> float:
@@ -90,9 +84,7 @@ def cost_on(device: torch.device) -> Callable[[Callable[[], Sequence[Tensor]]], 
             return Cost(seconds, mib)
 
         return measured
-    from .gpu import cost
-
-    return cost
+    return gpu.cost
 
 
 def data_mib() -> float:

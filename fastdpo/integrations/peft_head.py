@@ -1,4 +1,4 @@
-"""PEFT's layers on an LM head, each as one product (output_head.py), as its own forward computes it.
+"""PEFT's layers on an LM head, each as one product (head_product.py), as its own forward computes it.
 
 LoRA (arXiv 2106.09685) is the head's product made wider, x W' + s (dropout(x) A') B' = [x, s dropout(x) A'] [W, B]':
 merging W + s B A would round the adapter away in bf16 and could not have dropout. Its price is a copy of the head, in
@@ -18,7 +18,7 @@ from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 
 from ..inputs import product_dtype
-from .output_head import HeadProduct, check_weight, computes_as, product_of, unsupported, whole
+from .head_product import HeadProduct, check_weight, computes_as, product_of, unsupported, whole
 
 _Terms = list[tuple[Tensor, Tensor]]  # logits = sum of input @ matrix.T, [..., K] and [V, K]
 

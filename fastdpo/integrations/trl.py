@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from ..head import linear_token_logps
 from ..names import check_names
 from ..options import HEAD_KEYWORDS, head_options
+from .head_product import check_weight, whole
 from .head_transform import HeadTransform, head_transform
-from .output_head import check_head, check_weight, output_head, whole
+from .output_head import check_head, output_head
 from .zero3 import regathered
 
 try:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from trl.trainer import dpo_trainer
 
-from .output_head import is_bare
+from .head_product import is_bare
 from .zero3 import announce
 
 

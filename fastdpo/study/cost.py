@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ..system import process_seconds
 from . import results, runner
 from .cells import grid
 from .errors import StudyError
@@ -186,13 +187,6 @@ def stock_run(folder: Path, id: str) -> dict[str, Any]:
         "measure_seconds": time.perf_counter() - halfway,
         "losses": [one["loss"] for one in curves],
     }
-
-
-def process_seconds() -> float:
-    """How long this process has been there."""
-    import psutil
-
-    return time.time() - psutil.Process().create_time()
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Any
 
 from .. import __version__
 from ..cache.claims import LEASE, SUFFIX, Claims, live
-from ..system import installed_version, processor
+from ..system import installed_version, process_seconds, processor
 from . import data, results, scorer
 from .cells import Cell, runs
 from .config import START, StudyConfig, local, of_study, to_dict
@@ -185,7 +185,6 @@ def worker(folder: Path) -> Callable[[tuple[str, Any]], None]:
     from transformers.utils import logging
 
     from .cell_run import Lab
-    from .cost import process_seconds
 
     datasets.disable_progress_bars()
     logging.disable_progress_bar()

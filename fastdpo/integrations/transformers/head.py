@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ..output_head import UnsupportedHead, check_head
+from ..head_product import UnsupportedHead
+from ..output_head import check_head
 from ..zero3 import is_partitioned
 
 
