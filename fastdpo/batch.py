@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .inputs import check_flag, check_tensor, result_dtype
+from .inputs import check_flag, check_indices, check_tensor, result_dtype
 from .parallel import SequenceParallel
 
 IGNORE_INDEX = -100
@@ -98,8 +98,7 @@ def flat_targets(labels: Tensor, vocab: int, ignore_index: int = IGNORE_INDEX, s
         TypeError: labels are not integers.
         ValueError: a label that is neither ignore_index nor in [0, vocab).
     """
-    if labels.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"labels: expected an int64 or int32 tensor, got {labels.dtype}")
+    check_indices("labels", labels)
     if shift:
         labels = shift_labels(labels, ignore_index)
     return torch.ops.fastdpo.targets(labels.reshape(-1), vocab, ignore_index)
@@ -111,9 +110,9 @@ def sequence_bounds(labels: Tensor, cu_seqlens: Tensor | None, pairs: bool = Tru
     Raises:
         ValueError: labels of the wrong shape; with pairs, an odd number of sequences; cu_seqlens that does not start
             at 0, end at N and rise.
-        TypeError: cu_seqlens is not an integer tensor.
+        TypeError: labels or cu_seqlens is not an integer tensor.
     """
-    check_tensor("labels", labels, floats=False)
+    check_indices("labels", labels)
     if cu_seqlens is None:
         if labels.dim() != 2:
             raise ValueError(f"labels: expected [2B, T] (or packed with cu_seqlens), got shape {list(labels.shape)}")
@@ -123,9 +122,7 @@ def sequence_bounds(labels: Tensor, cu_seqlens: Tensor | None, pairs: bool = Tru
         return torch.arange(sequences + 1, device=labels.device) * length
     if labels.dim() != 1 and not (labels.dim() == 2 and labels.shape[0] == 1):
         raise ValueError(f"labels: expected packed [N] or [1, N] with cu_seqlens, got shape {list(labels.shape)}")
-    check_tensor("cu_seqlens", cu_seqlens, floats=False)
-    if cu_seqlens.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"cu_seqlens: expected an int32 tensor, got {cu_seqlens.dtype}")
+    check_indices("cu_seqlens", cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"cu_seqlens: expected shape [2B+1], got {list(cu_seqlens.shape)}")
     if pairs:

@@ -48,6 +48,23 @@ def check_tensor(name: str, value: object, floats: bool = True) -> None:
         raise TypeError(f"{name}: expected a float tensor, got {value.dtype}")
 
 
+def check_indices(name: str, value: object) -> None:
+    """Raise TypeError for anything but a tensor of int64 or int32."""
+    check_tensor(name, value, floats=False)
+    if value.dtype not in (torch.int64, torch.int32):  # type: ignore[attr-defined]
+        raise TypeError(f"{name}: expected an int64 or int32 tensor, got {value.dtype}")  # type: ignore[attr-defined]
+
+
+def check_token_logps(name: str, value: object, labels: Tensor) -> None:
+    """Raise unless value is a tensor of floats that is shaped like labels, and on their device."""
+    check_tensor(name, value)
+    assert isinstance(value, Tensor)
+    if value.shape != labels.shape:
+        raise ValueError(f"{name}: expected the shape of labels, {list(labels.shape)}, got {list(value.shape)}")
+    if value.device != labels.device:
+        raise ValueError(f"{name}: expected on {labels.device} like labels, got {value.device}")
+
+
 def check_flag(name: str, value: object) -> None:
     """Raise TypeError for anything but True and False."""
     if not isinstance(value, bool):

@@ -35,8 +35,10 @@ def preference_metrics(out: PreferenceOutput, ref_logps: Tensor | None = None) -
             the policy wrote the completions.
 
     Raises:
-        TypeError, ValueError: ref_logps of another shape, or not finite.
+        TypeError, ValueError: `out` of another function; ref_logps of another shape, or not finite.
     """
+    if not isinstance(out, PreferenceOutput):
+        raise TypeError(f"out: expected fastdpo.PreferenceOutput, got {type(out).__name__}")
     layout, stats = out.layout, out.stats
     counts = lengths(layout, stats.logps, "auto")
     tokens = counts.sum().clamp(min=1)

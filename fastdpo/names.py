@@ -26,5 +26,7 @@ def did_you_mean(name: str, known: Iterable[str], aliases: Mapping[str, str] = _
     near = [aliases.get(asked, asked)]
     if near[0] not in by_lower:
         near = [one for one in by_lower if len(asked) > 1 and one.startswith(asked)]
-    near = near or difflib.get_close_matches(asked, by_lower, n=1)
+    if not near:
+        by_lower |= {alias: by_lower[one] for alias, one in aliases.items() if one in by_lower}
+        near = difflib.get_close_matches(asked, by_lower, n=1)
     return f"; did you mean {' or '.join(repr(by_lower[one]) for one in near)}?" if near else ""

@@ -11,6 +11,7 @@ from torch import Tensor
 from . import pair_kernel
 from .batch import IGNORE_INDEX, Layout, Reference, make_layout, make_reference
 from .head import TokenLogps, from_hidden, from_logits
+from .inputs import check_token_logps
 from .losses.keywords import Beta, LossKeywords, LossType, check_known
 from .losses.recipe import Recipe, Sequences, make_recipe
 from .options import head_options
@@ -174,8 +175,9 @@ def loss_of_tokens(
     check_known(loss_of_tokens, options)
     recipe = make_recipe(beta, loss_type, label_smoothing, options)
     layout = _layout(labels, cu_seqlens, ignore_index, shift, sequence_parallel, recipe)
-    if tokens.logps.shape != labels.shape:
-        raise ValueError(f"tokens: shape {list(tokens.logps.shape)}, expected that of labels, {list(labels.shape)}")
+    if not isinstance(tokens, TokenLogps):
+        raise TypeError(f"tokens: expected fastdpo.TokenLogps, got {type(tokens).__name__}")
+    check_token_logps("tokens.logps", tokens.logps, labels)
     if recipe.use_weighting and tokens.log_sum_sq_probs is None:
         raise ValueError("use_weighting: needs tokens with log_sum_sq_probs, one of stats")
     return _preference(tokens, layout, _reference(ref_logps, layout, recipe), recipe, backend)

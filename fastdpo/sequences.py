@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .batch import IGNORE_INDEX, Layout, Reference, check_constant, constant, make_layout, shift_labels
-from .inputs import check_tensor
+from .inputs import check_token_logps
 from .options import check_within, head_options
 from .parallel import SequenceParallel, check_parallel
 
@@ -46,13 +46,9 @@ def sequence_logps(
         TypeError, ValueError: tensors of another shape or type; a number outside its range.
     """
     head_options(ignore_index=ignore_index, shift=shift, backend=backend)
-    check_tensor("token_logps", token_logps)
     check_parallel("sequence_parallel", sequence_parallel, SequenceParallel)
     layout = make_layout(labels, cu_seqlens, ignore_index, shift, sequence_parallel=sequence_parallel)
-    if token_logps.shape != labels.shape:
-        raise ValueError(
-            f"token_logps: expected the shape of labels, {list(labels.shape)}, got {list(token_logps.shape)}"
-        )
+    check_token_logps("token_logps", token_logps, labels)
     if ld_alpha is not None:
         check_within("ld_alpha", ld_alpha, 0, 1)
     check_places(ld_alpha, sequence_parallel)

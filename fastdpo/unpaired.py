@@ -150,8 +150,11 @@ def kto_kl(logps: Tensor, ref_logps: Tensor) -> Tensor:
             prompts of the batch (arXiv 2402.01306; TRL shifts the completions of the batch by one).
 
     Raises:
+        TypeError: no tensors of floats.
         ValueError: no completion, or shapes that disagree.
     """
+    for name, value in (("logps", logps), ("ref_logps", ref_logps)):
+        check_tensor(name, value)
     if logps.dim() != 1 or not len(logps) or ref_logps.shape != logps.shape:
         shapes = f"{list(logps.shape)} and {list(ref_logps.shape)}"
         raise ValueError(f"logps, ref_logps: expected [M] and [M], M at least 1, got {shapes}")

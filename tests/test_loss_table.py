@@ -61,6 +61,7 @@ def test_a_row_called_is_that_loss() -> None:
     [
         *(("IPO", "'ipo'"), ("SimPO", "'simpo'"), ("exo", "'exo_pair'"), ("nca", "'nca_pair'"), ("bco", "'bco_pair'")),
         *(("apo", "'apo_zero' or 'apo_down'"), ("sppo", "'sppo_hard'"), ("dpo", "'sigmoid'"), ("kto_pair", "'kto'")),
+        ("dop", "'sigmoid'"),
     ],
 )
 def test_suggestions(name: str, suggested: str) -> None:

@@ -8,9 +8,10 @@ import pytest
 import torch
 from preference_kit import batch
 
-from fastdpo import dpo_loss, linear_dpo_loss
+from fastdpo import TokenLogps, dpo_loss, kto_kl, linear_dpo_loss, loss_of_tokens, preference_metrics, sequence_logps
 from fastdpo.losses import LOSSES, LossOptions, Pairs
 
+TOKENS, LABELS = TokenLogps(-torch.rand(4, 3)), torch.zeros(4, 3).long()
 OPTIONS = dict(
     token_weights=torch.rand(4, 7),
     ld_alpha=0.4,
@@ -101,8 +102,26 @@ def test_errors(keywords: dict, message: str) -> None:
 def test_wrong_types() -> None:
     with pytest.raises(TypeError, match="ref_logps: expected a float32 tensor"):
         losses_of(ref_logps=[0.0] * 4)
-    with pytest.raises(TypeError, match="cu_seqlens: expected an int32 tensor, got torch.float32"):
+    with pytest.raises(TypeError, match="cu_seqlens: expected an int64 or int32 tensor, got torch.float32"):
         losses_of(**PACKED, cu_seqlens=torch.tensor([0.0, 4.0, 12.0]))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: loss_of_tokens(3, LABELS), TypeError, "tokens: expected fastdpo.TokenLogps, got int"),
+        (lambda: loss_of_tokens(TOKENS, LABELS.float()), TypeError, "labels: expected an int64 or int32 tensor"),
+        (lambda: loss_of_tokens(TOKENS, LABELS[:, :2]), ValueError, r"tokens.logps: .* \[4, 2\], got \[4, 3\]"),
+        (lambda: loss_of_tokens(TOKENS, LABELS.to("meta")), ValueError, "tokens.logps: expected on meta like labels"),
+        (lambda: sequence_logps(TOKENS.logps, LABELS.to("meta")), ValueError, "token_logps: expected on meta like lab"),
+        (lambda: sequence_logps(TOKENS.logps, LABELS.float()), TypeError, "labels: expected an int64 or int32 tensor"),
+        (lambda: preference_metrics(3), TypeError, "out: expected fastdpo.PreferenceOutput, got int"),
+        (lambda: kto_kl(torch.zeros(3), [1.0]), TypeError, "ref_logps: expected a tensor, got list"),
+    ],
+)
+def test_what_comes_after_the_head(call, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
 
 
 def test_pairs_split() -> None:
