@@ -14,11 +14,11 @@ from types import ModuleType
 import pytest
 import torch
 from compaction_kit import TOL, kept
-from heads import peaked
+from heads import peaked, skip_unfit
 from torch import Tensor
 
 from fastdpo import linear_token_logps
-from fastdpo.backend import BACKENDS, choose, load
+from fastdpo.backend import choose, load
 from fastdpo.compaction import Sparse
 from fastdpo.options import Transform
 from fastdpo.saved import Exponentials
@@ -109,9 +109,7 @@ def guards(monkeypatch: pytest.MonkeyPatch) -> Iterator[Guards]:
 @pytest.fixture
 def kernels(backend: str) -> Callable[[torch.dtype], ModuleType]:
     def of(dtype: torch.dtype) -> ModuleType:
-        assert dtype in BACKENDS[backend].dtypes
-        if backend == "triton" and dtype == torch.bfloat16:
-            pytest.skip("the interpreter has no bf16")
+        skip_unfit(backend, dtype)
         return choose(backend, torch.device("cpu"), dtype)
 
     return of

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from close import assert_close
+from heads import skip_unfit
 from torch import Tensor
 
 import fastdpo
@@ -38,11 +39,6 @@ def inputs(dtype: torch.dtype = torch.float32, vocab: int = 1003, hidden: int = 
     labels[0, :4] = -100
     labels[2] = -100  # a fully masked sequence
     return h, w, labels
-
-
-def skip_unfit(backend: str, dtype: torch.dtype) -> None:
-    if backend == "triton" and dtype == torch.bfloat16:
-        pytest.skip("Triton's interpreter truncates to bf16")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

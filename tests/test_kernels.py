@@ -7,10 +7,11 @@ import itertools
 import pytest
 import torch
 from close import assert_close
+from heads import skip_unfit
 from torch import Tensor
 
 from fastdpo import eager
-from fastdpo.backend import BACKENDS, choose
+from fastdpo.backend import choose
 from fastdpo.options import Transform
 
 STATS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
@@ -21,9 +22,7 @@ FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def kernels_for(backend: str, dtype: torch.dtype):
-    if backend == "triton" and dtype == torch.bfloat16:
-        pytest.skip("Triton's interpreter truncates to bf16; compiled kernels are checked in test_gpu_static.py")
-    assert dtype in BACKENDS[backend].dtypes
+    skip_unfit(backend, dtype)
     return choose(backend, torch.device("cpu"), dtype)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from typing import Any
 
 import pytest
@@ -17,13 +19,10 @@ from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 from fastdpo import demo_task, kto_kl, linear_dpo_loss, linear_token_logps, linear_unpaired_loss, preference_metrics
 from fastdpo.losses import LOSSES
+from fastdpo.losses.table import TRL_LOSSES
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
-TRL_LOSSES = [
-    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
-    *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
-]
 DIVERGENCES = [
     dict(f_divergence_type="forward_kl"),
     dict(f_divergence_type="js_divergence"),
@@ -100,6 +99,13 @@ def make_trainer(
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
     )
+
+
+def test_trls_losses_are_these() -> None:
+    """As TRL's own error names them."""
+    source = inspect.getsource(DPOTrainer)
+    (known,) = re.findall(r"Should be one of \[(.*?)\]", source, flags=re.DOTALL)
+    assert set(re.findall(r"'(\w+)'", known)) == set(TRL_LOSSES) <= set(LOSSES)
 
 
 PAIRS = [pair._asdict() for pair in demo_task.pairs(demo_task.prompts(0, 5), 0)]
