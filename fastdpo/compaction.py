@@ -73,7 +73,8 @@ def hidden_error_bound(
         grad_logps, dropped: `[n]`. weight: `[V, H]`. mean_row: `[H]`, of the tile.
 
     Returns:
-        `[n]`, in the units of dX; rounding comes on top.
+        `[n]`, in the units of dX; rounding comes on top. Of a screened tile (kernels/cpu/screen.h) `dropped` is an
+        estimate t', and the bound holds with t + |t' - t| in its place.
     """
     slope = abs(transform.logit_scale) / transform.temperature
     farthest = (weight.double() - mean_row.double()).norm(dim=1).max()

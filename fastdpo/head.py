@@ -123,8 +123,8 @@ def linear_token_logps(
             the vocabulary columns that hold the rest (fastdpo/compaction.py, which states the bound), a few percent
             of them on real text. 0: exact. "auto": 2^-10 for bf16 and fp16 products, 0 for float32. The gradient of
             `entropy` is always exact. On a CPU with bf16 products, columns that hold less than a 256th of it for every
-            token are summed from 8-bit products (kernels/cpu/screen.h), which moves logps by 1e-5 on average, and ties
-            that little of them to the other tokens of their tile.
+            token are summed from 8-bit products (kernels/cpu/screen.h), which moves logps (by 1e-5 on average on real
+            text) and ties that little of them to the other tokens of their tile.
         workspace_mb: MiB that the logits tile may take. In exact mode, logits that fit whole are kept for the
             backward, which spares computing them twice.
         vocab_parallel: weight and bias are this rank's rows of the head; labels are ids of the whole vocabulary.

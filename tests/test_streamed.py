@@ -83,6 +83,41 @@ def test_the_bound_holds_of_entries(tokens: int, sharp: float, tol: float, seed:
 
 
 @pytest.mark.skipif(not STREAMS, reason="this CPU has no bf16 products")
+@pytest.mark.parametrize("common", [0.0, 8.0])
+def test_the_bound_of_a_screened_tile(common: float) -> None:
+    """8-bit products estimate t, badly where all rows of weight share a large part: by that much the bound is wider."""
+    cpu = load("cpu")
+    assert not isinstance(cpu, str)
+    tokens, width, vocab = 256, 64, 20000
+    sign = 1 - 2 * (torch.arange(vocab) % 2)[:, None]
+    axes = torch.linalg.qr(torch.randn(width, 2)).Q
+    apart, shared = axes[:, 0], common * axes[:, 1]
+    ways = torch.randn(tokens, width)
+    ways = torch.nn.functional.normalize(ways - (ways @ apart)[:, None] * apart)
+    hidden = (30 * (0.91**0.5 * ways + 0.3 * sign[:tokens] * apart)).bfloat16()
+    weight = shared + 0.3 * sign * apart + 0.02 * torch.nn.functional.normalize(torch.randn(vocab, width))
+    labels = torch.arange(tokens) * 70 + 11
+    weight[labels] = shared + 0.776 * ways - 0.3 * sign[:tokens] * apart
+    weight = weight.bfloat16()
+    (logps, lse), (kept,), _ = cpu.stream_forward(
+        hidden, weight, None, labels, Transform(), (), tokens, TOL, True, 256.0
+    )
+    assert kept is not None
+    logits = hidden.double() @ weight.double().T
+    there = torch.zeros(tokens, vocab, dtype=torch.bool)
+    there[:, kept.columns] = filled(kept).probs.T > 0
+    mine = torch.where(there, (logits - lse[:, None]).exp(), 0)
+    mine[torch.arange(tokens), labels] = logps.double().exp()
+    probs = torch.softmax(logits, 1)
+    lost = torch.where(mine > 0, 0, probs).sum(1)
+    off = (kept.dropped - lost).abs()
+    assert (off / lost).max() > 0.3 or not common
+    error = ((mine - probs) @ weight.double() + kept.dropped[:, None] * kept.mean_row.double()).norm(dim=1)
+    bound = hidden_error_bound(torch.ones(tokens), lost + off, weight, kept.mean_row, Transform())
+    assert (error <= bound * (1 + 1e-3) + 1e-6).all()
+
+
+@pytest.mark.skipif(not STREAMS, reason="this CPU has no bf16 products")
 def test_streamed_small_entries() -> None:
     """20,000 columns, each 2^-17 of one token and 2^-23.5 of 255: these hold twice the tolerance, so they stay."""
     cpu = load("cpu")
