@@ -103,7 +103,7 @@ def test_without_a_group() -> None:
 
 
 def test_places_in_split_sequences_are_refused_before_the_head_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastdpo.preference.linear_token_logps", lambda *_, **__: pytest.fail("the head ran"))
+    monkeypatch.setattr("fastdpo.preference.from_hidden", lambda *_, **__: pytest.fail("the head ran"))
     labels = torch.zeros(2, 3, dtype=torch.long)
     split = object.__new__(SequenceParallel)
     with pytest.raises(NotImplementedError, match="ld_alpha: with sequence_parallel"):
